@@ -1,0 +1,18 @@
+"Everything about the package stands in settings.ini; this file only hands it to setuptools."
+from configparser import ConfigParser
+
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=['='])
+config.read('settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
+    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
+    packages=find_packages(include=['scratchdet', 'scratchdet.*']),
+    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    python_requires='>=' + cfg['min_python'],
+    entry_points={'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d']},
+    long_description=open('README.md', encoding='utf-8').read(), long_description_content_type='text/markdown',
+    project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']}, zip_safe=False)
