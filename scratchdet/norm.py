@@ -8,106 +8,107 @@ __all__ = ['group_norm', 'GroupNorm', 'ConvNorm']
 # %% ../nbs/20_norm.ipynb #5159f6c0
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-# %% ../nbs/20_norm.ipynb #d7639414
-@torch.library.custom_op("scratchdet::group_norm", mutates_args=())
-def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
-                residual: Tensor | None, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    n, c = x.shape[:2]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(n, groups, -1)  # (N, groups, C/groups*H*W)
-    var, mean = torch.var_mean(wide, dim=-1, correction=0)  # (N, groups)
+# %% ../nbs/20_norm.ipynb #6ef17502
+def _layout(x):
+    "The memory format of the result: channels last only where `x` has it."
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+def _wide(x, groups):
+    "Groups in a row, (N, G, m), in float32 or wider."
+    return x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], groups, -1)
+
+# %% ../nbs/20_norm.ipynb #1fede50d
+@torch.library.custom_op('scratchdet::group_norm', mutates_args=())
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, residual: Tensor | None,
+                relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _wide(x, groups)
+    var, mean = torch.var_mean(wide, -1, correction=0)  # (N, G) each
     rstd = (var + eps).rsqrt()
     y = ((wide - mean[..., None]) * rstd[..., None]).reshape(x.shape)
-    y = y * weight.view(1, c, 1, 1) + bias.view(1, c, 1, 1)
+    y = y * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
     if residual is not None: y = y + residual
     if relu: y = y.relu()
     return y.to(x.dtype).contiguous(memory_format=_layout(x)), mean, rstd
 
-# %% ../nbs/20_norm.ipynb #a968b877
-def _layout(x):
-    "The memory format that the result keeps: channels last only where `x` has it."
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+# %% ../nbs/20_norm.ipynb #f556814a
+@torch.library.custom_op('scratchdet::group_norm_backward', mutates_args=())
+def _group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, y: Tensor | None,
+                         groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    masked = dy.new_empty(0) if y is None else dy * (y > 0)
+    wide, grad = _wide(x, groups), _wide(dy if y is None else masked, groups)  # (N, G, m) each
+    xhat = (wide - mean[..., None]) * rstd[..., None]
+    dweight = (grad * xhat).reshape(x.shape).sum((0, 2, 3))
+    dbias = grad.reshape(x.shape).sum((0, 2, 3))
+    h = (grad.reshape(x.shape) * weight.view(-1, 1, 1)).reshape(grad.shape)
+    dx = (h - h.mean(-1, keepdim=True) - xhat * (h * xhat).mean(-1, keepdim=True)) * rstd[..., None]
+    dx = dx.reshape(x.shape).to(x.dtype).contiguous(memory_format=_layout(x))
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), masked
 
-# %% ../nbs/20_norm.ipynb #965b57d8
-@_group_norm.register_kernel("cpu")
-def _(x, weight, bias, groups, eps, residual, relu):
-    n, c, h, w = x.shape
-    x = x.contiguous(memory_format=_layout(x))
+# %% ../nbs/20_norm.ipynb #07a19b40
+@_group_norm.register_kernel('cpu')
+def _group_norm_cpu(x, weight, bias, groups, eps, residual, relu):
+    (n, c, h, w), layout, x = x.shape, _layout(x), x.contiguous()
     y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
     if residual is not None: y.add_(residual)
     if relu: y.relu_()
-    return y, mean, rstd
+    return y.contiguous(memory_format=layout), mean, rstd
 
+@_group_norm_backward.register_kernel('cpu')
+def _group_norm_backward_cpu(dy, x, weight, mean, rstd, y, groups):
+    (n, c, h, w), layout, x = x.shape, _layout(x), x.contiguous()
+    masked = dy.new_empty(0) if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
+    grad = (dy if y is None else masked).contiguous()
+    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        grad, x, mean, rstd, weight, n, c, h * w, groups, [True, True, True])
+    return dx.contiguous(memory_format=layout), dweight, dbias, masked
+
+# %% ../nbs/20_norm.ipynb #d9faf748
 @_group_norm.register_fake
-def _(x, weight, bias, groups, eps, residual, relu):
+def _group_norm_fake(x, weight, bias, groups, eps, residual, relu):
     stats = x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.empty_like(x, memory_format=_layout(x)), stats, torch.empty_like(stats)
 
-# %% ../nbs/20_norm.ipynb #6ef17502
-@torch.library.custom_op("scratchdet::group_norm_backward", mutates_args=())
-def _group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, y: Tensor | None,
-                         groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, c, h, w = x.shape
-    dy = dy * (y > 0) if y is not None else dy.clone()
-    wide, grad = (t.to(mean.dtype).reshape(n, groups, -1) for t in (x, dy))
-    xhat = (wide - mean[..., None]) * rstd[..., None]
-    dweight = (xhat * grad).reshape(x.shape).sum((0, 2, 3))
-    dbias = grad.reshape(x.shape).sum((0, 2, 3))
-    grad = (grad.reshape(x.shape) * weight.view(1, c, 1, 1)).reshape(n, groups, -1)
-    grad = grad - grad.mean(-1, keepdim=True) - xhat * (grad * xhat).mean(-1, keepdim=True)
-    dx = (grad * rstd[..., None]).reshape(x.shape).to(x.dtype).contiguous(memory_format=_layout(x))
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dy.contiguous(memory_format=_layout(x))
-
-# %% ../nbs/20_norm.ipynb #1fede50d
-@_group_norm_backward.register_kernel("cpu")
-def _(dy, x, weight, mean, rstd, y, groups):
-    n, c, h, w = x.shape
-    x = x.contiguous(memory_format=_layout(x))
-    dy = dy.contiguous(memory_format=_layout(x))
-    dy = torch.ops.aten.threshold_backward(dy, y, 0) if y is not None else dy.clone()
-    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-        dy, x, mean, rstd, weight, n, c, h * w, groups, [True, True, True])
-    return dx, dweight, dbias, dy
-
 @_group_norm_backward.register_fake
-def _(dy, x, weight, mean, rstd, y, groups):
-    like_x = torch.empty_like(x, memory_format=_layout(x))
-    return like_x, torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(like_x)
+def _group_norm_backward_fake(dy, x, weight, mean, rstd, y, groups):
+    masked = dy.new_empty(0) if y is None else torch.empty_like(dy)
+    dx = torch.empty_like(x, memory_format=_layout(x))
+    return dx, torch.empty_like(weight), torch.empty_like(weight), masked
 
-# %% ../nbs/20_norm.ipynb #b4806dbd
+# %% ../nbs/20_norm.ipynb #ea40ac67
 def _save(ctx, inputs, output):
     x, weight, _, ctx.groups, _, residual, relu = inputs
     y, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.has_residual = residual is not None
+    ctx.relu, ctx.has_residual = relu, residual is not None
     ctx.save_for_backward(x, weight, mean, rstd, y if relu else None)
 
 def _differentiate(ctx, dy, _, __):
     x, weight, mean, rstd, y = ctx.saved_tensors
-    dx, dweight, dbias, dresidual = _group_norm_backward(dy, x, weight, mean, rstd, y, ctx.groups)
-    return dx, dweight, dbias, None, None, dresidual if ctx.has_residual else None, None
+    dx, dweight, dbias, masked = _group_norm_backward(dy, x, weight, mean, rstd, y, ctx.groups)
+    dresidual = (masked if ctx.relu else dy) if ctx.has_residual else None
+    return dx, dweight, dbias, None, None, dresidual, None
 
 _group_norm.register_autograd(_differentiate, setup_context=_save)
 
-# %% ../nbs/20_norm.ipynb #d5b64504
+# %% ../nbs/20_norm.ipynb #a2636ae9
 def group_norm(
     x:Tensor, # (N, C, H, W) float32, bfloat16 or float64
-    weight:Tensor, # (C,) scale per channel, float32 also where `x` is bfloat16
-    bias:Tensor, # (C,) shift per channel
-    groups:int=32, # groups that share a mean and a variance; divides C
+    weight:Tensor, # (C,) scale per channel; float32 where `x` is bfloat16
+    bias:Tensor, # (C,) shift per channel, of weight's dtype
+    groups:int=32, # groups that share mean and variance; divides C
     eps:float=1e-5, # added to the variance
-    residual:Tensor=None, # (N, C, H, W) added after the affine map
-    relu:bool=False, # ReLU at the end
-)->Tensor: # (N, C, H, W) of x's dtype and layout; statistics are taken in float32 or wider
-    "`relu(GN(x) * weight + bias + residual)`, Eq. 1-7 of arXiv 1803.08494 with what follows it in a network"
+    residual:Tensor=None, # (N, C, H, W) of x's dtype, added before the ReLU
+    relu:bool=False, # negative values become 0
+)->Tensor: # (N, C, H, W) of x's dtype and memory layout
+    "`relu(GN(x) + residual)`: GroupNorm (arXiv 1803.08494, Sec. 3) with what follows it in a network"
     if x.shape[1] % groups: raise ValueError(f'{groups} groups do not divide {x.shape[1]} channels')
     return _group_norm(x, weight, bias, groups, eps, residual, relu)[0]
 
-# %% ../nbs/20_norm.ipynb #f556814a
+# %% ../nbs/20_norm.ipynb #601b2af3
 class GroupNorm(nn.Module):
-    "`group_norm` with its parameters"
+    "`group_norm` with a scale and a shift to learn"
     def __init__(self,
         channels:int, # C
         groups:int=32, # divides `channels`
@@ -116,27 +117,26 @@ class GroupNorm(nn.Module):
         super().__init__()
         if channels % groups: raise ValueError(f'{groups} groups do not divide {channels} channels')
         self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self,
         x:Tensor, # (N, C, H, W)
-        residual:Tensor=None, # (N, C, H, W)
-        relu:bool=False, # ReLU at the end
-    )->Tensor: # (N, C, H, W)
+        residual:Tensor=None, # (N, C, H, W) added before the ReLU
+        relu:bool=False, # negative values become 0
+    )->Tensor: # (N, C, H, W) of x's dtype
         "Normalize, add, rectify"
         return group_norm(x, self.weight, self.bias, self.groups, self.eps, residual, relu)
 
-# %% ../nbs/20_norm.ipynb #09839970
+# %% ../nbs/20_norm.ipynb #fa51fae8
 class ConvNorm(nn.Module):
-    "Convolution without bias, GroupNorm, then (optionally) a residual sum and a ReLU"
+    "Convolution without bias, GroupNorm, then the sum with a residual and a ReLU where wanted"
     def __init__(self,
         c_in:int, # channels in
         c_out:int, # channels out
-        kernel:int, # side of the kernel, odd; padding keeps the size at stride 1
+        kernel:int, # side of the kernel, px, odd
         stride:int=1, # px of the input per px of the output
         *,
-        relu:bool=True, # ReLU at the end
+        relu:bool=True, # ends with a ReLU
         groups:int=32, # of the norm
     ):
         super().__init__()
@@ -146,7 +146,7 @@ class ConvNorm(nn.Module):
 
     def forward(self,
         x:Tensor, # (N, c_in, H, W)
-        residual:Tensor=None, # (N, c_out, H/stride, W/stride)
-    )->Tensor: # (N, c_out, H/stride, W/stride)
+        residual:Tensor=None, # (N, c_out, ceil(H/stride), ceil(W/stride))
+    )->Tensor: # (N, c_out, ceil(H/stride), ceil(W/stride))
         "Convolve, normalize, add, rectify"
         return self.norm(self.conv(x), residual, self.relu)
