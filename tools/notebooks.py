@@ -1,7 +1,13 @@
-"Run notebooks and save what they show, or check that what is saved is what they show."
+"Run notebooks and save what they show, check that what is saved is what they show, or check that they are exported and clean."
 import argparse
+import filecmp
+import multiprocessing
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,20 +33,21 @@ def run(path):
         for cell in nb.cells:
             if skipped(cell, flags): continue
             shell.cell(cell)
-            if shell.exc: raise SystemExit(f'{path.name}: this cell fails\n{cell.source}\n' + shell.prettytb(fname=path))
+            if shell.exc: raise RuntimeError(f'this cell fails\n{cell.source}\n' + shell.prettytb(fname=path))
     return nb, time.time() - start
 
 
 def shown(nb):
-    "What each code cell of `nb` shows: a list of (source, texts, number of pictures)."
+    "What each code cell of `nb` shows: a list of (source, text, number of pictures)."
     rows = []
     for cell in nb.cells:
         if cell.cell_type != 'code': continue
-        outputs, texts, pictures = cell.get('outputs', []), [], 0
-        for o in outputs:
+        texts, pictures = [], 0
+        for o in cell.get('outputs', []):
             data = o.get('data', {})
             pictures += 'image/png' in data
-            if 'image/png' not in data: texts.append(''.join(o.get('text', data.get('text/plain', ''))))
+            text = o.get('text', data.get('text/markdown', data.get('text/plain', '')))
+            if 'image/png' not in data: texts.append(''.join(text))
         rows.append((cell.source, ''.join(texts).strip(), pictures))
     return rows
 
@@ -62,19 +69,66 @@ def differences(saved, fresh):
         if not same(old, new): yield f'saved {old[:300]!r}\nshown {new[:300]!r}\nby:\n{source}'
 
 
+def execute(job):
+    "Run one notebook, in a process of its own; returns its report and whether something is wrong."
+    action, path = job
+    try: nb, seconds = run(path)
+    except Exception as e: return f'{path}: {e}', True
+    bad = list(differences(read_nb(path), nb)) if action == 'check' else []
+    if action == 'run': write_nb(nb, path)
+    return '\n'.join([f'{path}: {seconds:.1f} s', *bad]), bool(bad)
+
+
+def execute_all(action, paths, jobs):
+    "Run every notebook of `paths` in a fresh process, `jobs` at a time; returns how many are wrong."
+    if jobs > 1: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
+    failed = 0
+    with multiprocessing.get_context('spawn').Pool(jobs, maxtasksperchild=1) as pool:
+        for report, bad in pool.imap(execute, [(action, o) for o in paths], chunksize=1):
+            print(report, flush=True)
+            failed += bad
+    return failed
+
+
+def files(root, folders=('nbs', 'scratchdet')):
+    "The files below `folders` that an export or a clean may change, relative to `root`."
+    found = {p.relative_to(root) for o in folders for p in (root/o).rglob('*') if p.suffix in ('.ipynb', '.py')}
+    hidden = ('.', '_proc', '__pycache__')
+    return {p for p in found if p.parts[0] != 'nbs' or p.suffix == '.ipynb' if not any(o.startswith(hidden) for o in p.parts)}
+
+
+def stale(root):
+    "The files that `nbdev_export` and `nbdev_clean` would add, change or leave over, found on a copy of `root`."
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp)/'copy'
+        copy.mkdir()
+        for o in files(root) | {Path('settings.ini'), Path('README.md'), Path('setup.py')}:
+            (copy/o).parent.mkdir(parents=True, exist_ok=True)
+            if o.suffix != '.py' or o.name in ('__init__.py', 'setup.py'): shutil.copy2(root/o, copy/o)
+        for command in ('nbdev_export', 'nbdev_clean'):
+            subprocess.run([Path(sys.executable).parent/command], cwd=copy, check=True)
+        both = files(root) | files(copy)
+        return sorted(str(o) for o in both if not (root/o).exists() or not (copy/o).exists()
+                      or not filecmp.cmp(root/o, copy/o, shallow=False))
+
+
 def main():
-    "`run` executes, saves and cleans; `check` executes and compares with what is saved."
+    "`run` executes and saves; `check` executes and compares with what is saved; `sync` checks export and clean."
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('action', choices=['run', 'check'])
-    parser.add_argument('notebooks', nargs='+', type=Path)
-    args, failed = parser.parse_args(), 0
-    for path in args.notebooks:
-        nb, seconds = run(path)
-        bad = list(differences(read_nb(path), nb)) if args.action == 'check' else []
-        if args.action == 'run': write_nb(nb, path)
-        print(f'{path.name}: {seconds:.1f} s', *bad, sep='\n', flush=True)
-        failed += bool(bad)
-    if failed: sys.exit(f'{failed} notebooks show something else than they save: python tools/notebooks.py run NOTEBOOK')
+    parser.add_argument('action', choices=['run', 'check', 'sync'])
+    parser.add_argument('notebooks', nargs='*', type=Path)
+    parser.add_argument('--jobs', type=int, default=1, help='notebooks executed at a time')
+    args = parser.parse_args()
+    if args.action == 'sync':
+        bad = stale(Path.cwd())
+        if bad: sys.exit('make export changes these files; run it and commit them:\n' + '\n'.join(bad))
+        return print('notebooks are clean, and the modules are what they export')
+    if not args.notebooks: parser.error(f'{args.action} needs the paths of notebooks')
+    failed = execute_all(args.action, args.notebooks, args.jobs)
+    if failed and args.action == 'check':
+        sys.exit(f'{failed} of {len(args.notebooks)} notebooks fail, or show something else than they save: '
+                 'mend them, or python tools/notebooks.py run NOTEBOOK')
+    if failed: sys.exit(f'{failed} of {len(args.notebooks)} notebooks fail')
 
 
 if __name__ == '__main__': main()

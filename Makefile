@@ -1,0 +1,78 @@
+# Each target works on a fresh clone: the first one that runs makes the virtual environment and installs the package into it.
+#   make demo    train Mask R-CNN from random weights on drawn images, evaluate, draw
+#   make test    notebooks in sync and executed, tests, documentation: what CI runs
+#   make docs    the site, in _docs/
+#   make slow    the tests that take minutes
+#   make help    all targets
+# make VENV=/somewhere/else PYTHON=python3.12 test   uses another environment and interpreter
+
+SHELL := /bin/bash
+VENV ?= .venv
+DEMO ?= demo
+JOBS ?= 2
+STAMP := $(VENV)/.scratchdet
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export PYTHONUNBUFFERED := 1
+
+USABLE := import ensurepip, sys, venv; assert (3, 10) <= sys.version_info < (3, 13)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.10; do \
+	$$p -c '$(USABLE)' 2>/dev/null && { echo $$p; break; }; done)
+NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' | sort)
+
+.PHONY: help install demo test sync notebooks pytest slow docs docs-check export readme clean
+
+help:
+	@sed -n 's/^#  *make/make/p' Makefile
+	@echo 'parts of make test: make sync, make notebooks, make pytest, make docs-check'
+	@echo 'after an edit: make export, make readme; to start afresh: make clean'
+
+$(STAMP): settings.ini setup.py
+	@[ -x $(VENV)/bin/python ] || [ -n "$(PYTHON)" ] || { \
+		echo 'No Python 3.10, 3.11 or 3.12 with venv found: install one (Debian: python3-venv), or make PYTHON=/path/to/python3.12' >&2; exit 1; }
+	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	python -m scratchdet.toy --out $(DEMO)/toy --train 1000 --val 200 --size 128 160 --seed 0
+	accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		-m scratchdet.train --recipe demo --coco $(DEMO)/toy --out $(DEMO)/run
+
+test: $(STAMP)
+	$(MAKE) --no-print-directory sync
+	$(MAKE) --no-print-directory notebooks
+	$(MAKE) --no-print-directory docs-check
+	$(MAKE) --no-print-directory pytest
+
+sync: $(STAMP)
+	python tools/notebooks.py sync
+	python tools/docs.py readme --check
+
+notebooks: $(STAMP)
+	python tools/notebooks.py check --jobs $(JOBS) $(NOTEBOOKS)
+
+pytest: $(STAMP)
+	python -m pytest tests
+
+slow: $(STAMP)
+	python -m pytest tests -m slow
+
+docs: $(STAMP)
+	python tools/docs.py build
+
+docs-check: $(STAMP)
+	python tools/docs.py check
+
+export: $(STAMP)
+	nbdev_export
+	nbdev_clean
+
+readme: $(STAMP)
+	python tools/notebooks.py run nbs/index.ipynb
+	nbdev_clean --fname nbs/index.ipynb
+	python tools/docs.py readme
+
+clean:
+	rm -rf _docs _proc build dist .pytest_cache .hypothesis
