@@ -25,7 +25,7 @@ def roi_levels(
     levels:int=4, # number of maps to choose from, P2 first
     finest:int=56, # px; P2 takes squares up to twice this side
 )->Tensor: # (...) int64, 0 for P2 to levels - 1
-    "The level each box is read from (FPN, eq. 1; `map_roi_levels` in mmdetection's single_level_roi_extractor.py)."
+    "The level that each box is read from (FPN, eq. 1; mmdetection's single_level_roi_extractor.py)."
     scale = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).sqrt()
     return (scale / finest + 1e-6).log2().floor().clamp(0, levels - 1).long()
 
@@ -47,8 +47,8 @@ def axis_weights(
     resolution:int, # number of bins
     cells:int, # number of cells of the map
     sampling_ratio:int=0, # points per bin; 0: as many as the bin has cells, rounded up
-)->tuple[Tensor, Tensor, Tensor]: # first cell of the window (K,), cell after the last (K,), weights (K, bins, widest)
-    "What each cell of a RoI's window adds to each bin: bilinear weights, averaged over the points of the bin."
+)->tuple[Tensor, Tensor, Tensor]: # first cell of the window (K,), its end (K,), weights (K, bins, widest)
+    "What each cell of a RoI's window adds to each bin: bilinear weights, averaged over the bin's points."
     at, share = _points(lo, hi, resolution, cells, sampling_ratio)  # (K, bins, points) each
     low, used = at.floor(), share > 0
     first = low.where(used, low.new_tensor(cells - 1)).flatten(1).amin(1).long()
@@ -73,11 +73,12 @@ def _own_rois(rois, levels, level):
 
 # %% ../nbs/40_roi_align.ipynb #8070a151
 @torch.library.custom_op('scratchdet::roi_align', mutates_args=())
-def _roi_align(features: list[Tensor], rois: Tensor, resolution: int, strides: list[int], sampling_ratio: int) -> Tensor:
+def _roi_align(features: list[Tensor], rois: Tensor, resolution: int, strides: list[int],
+               sampling_ratio: int) -> Tensor:
     dtype, levels, out = _math(features[0].dtype), roi_levels(rois[:, 1:], len(features)), 0
     for level, (x, stride) in enumerate(zip(features, strides)):
         own = _own_rois(rois.to(dtype), levels, level)
-        out += torch.ops.torchvision.roi_align(x.to(dtype), own, 1 / stride, resolution, resolution, sampling_ratio, True)
+        out += torchvision.ops.roi_align(x.to(dtype), own, resolution, 1 / stride, sampling_ratio, True)
     return out.to(features[0].dtype).contiguous(memory_format=_format(features[0]))
 
 @_roi_align.register_fake
@@ -92,8 +93,8 @@ def _roi_align_backward(grad: Tensor, features: list[Tensor], rois: Tensor, stri
     dtype, levels, grads = _math(grad.dtype), roi_levels(rois[:, 1:], len(features)), []
     for level, (x, stride) in enumerate(zip(features, strides)):
         own = _own_rois(rois.to(dtype), levels, level)
-        dx = torch.ops.torchvision._roi_align_backward(grad.to(dtype).contiguous(), own, 1 / stride, *grad.shape[2:],
-                                                       *x.shape, sampling_ratio, True)
+        dx = torch.ops.torchvision._roi_align_backward(
+            grad.to(dtype).contiguous(), own, 1 / stride, *grad.shape[2:], *x.shape, sampling_ratio, True)
         grads.append(dx.to(x.dtype).contiguous(memory_format=_format(x)))
     return grads
 
