@@ -31,7 +31,7 @@ class BoxHead(nn.Module):
         groups:int=32, # of GroupNorm
     ):
         super().__init__()
-        widths = [channels] + [conv_channels] * convs
+        self.resolution, widths = resolution, [channels] + [conv_channels] * convs
         self.convs = nn.Sequential(*[ConvNorm(a, b, 3, groups=groups) for a, b in zip(widths, widths[1:])])
         self.fc = nn.Linear(widths[-1] * resolution ** 2, fc)
         self.cls = nn.Linear(fc, num_classes + 1)  # the last one is background

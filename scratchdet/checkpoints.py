@@ -216,6 +216,13 @@ def read_state(
     return {k: v for k, v in file.items() if isinstance(v, torch.Tensor)}
 
 # %% ../nbs/70_checkpoints.ipynb #77b54443
+def _categories(path, num_classes):
+    "`category_ids` and `category_names` of a COCO annotation file; {} without one."
+    if not path: return {}
+    rows = json.loads(Path(path).read_text()).get('categories', [])
+    if len(rows) != num_classes: raise ValueError(f'{path} has {len(rows)} categories, the weights have {num_classes} classes')
+    return {f'category_{k}s': [c[k] for c in sorted(rows, key=lambda c: c['id'])] for k in ('id', 'name')}
+
 def convert(
     args:argparse.Namespace, # of `parse_args`
 )->Path: # the file written
@@ -231,9 +238,7 @@ def convert(
               for k in ('pixel_mean', 'pixel_std')}
     pixels = {k: v[::-1] if bgr else v for k, v in pixels.items() if v}
     model = load_weights(build_model({**model_arguments(state), 'groups': args.groups, **pixels}), state, args.source)
-    categories = json.loads(Path(args.categories).read_text())['categories'] if args.categories else []
-    meta = dict(category_ids=[c['id'] for c in categories], category_names=[c['name'] for c in categories])
-    return save_model(args.target, model, meta if categories else {})
+    return save_model(args.target, model, _categories(args.categories, model.num_classes))
 
 # %% ../nbs/70_checkpoints.ipynb #a3554822
 def main(
