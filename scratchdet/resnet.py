@@ -12,41 +12,41 @@ from torch.nn import functional as F
 
 from .norm import ConvNorm
 
-# %% ../nbs/21_resnet.ipynb #fda64c75
+# %% ../nbs/21_resnet.ipynb #d1206a52
 class Bottleneck(nn.Module):
-    "1x1, 3x3, 1x1 and a shortcut (arXiv 1512.03385, Fig. 5); the stride is in the 3x3 (mmdetection's style=pytorch)"
+    "1x1, 3x3, 1x1 added to a shortcut (arXiv 1512.03385, Fig. 5), the stride in the 3x3"
     expansion = 4
 
     def __init__(self,
         c_in:int, # channels in
-        width:int, # channels of the 3x3; the output has 4 times as many
+        width:int, # channels of the 3x3; 4 times as many come out
         stride:int=1, # px of the input per px of the output
         *,
-        groups:int=32, # of every norm
+        groups:int=32, # of each norm
     ):
         super().__init__()
         c_out = width * self.expansion
         self.conv1 = ConvNorm(c_in, width, 1, groups=groups)
         self.conv2 = ConvNorm(width, width, 3, stride, groups=groups)
         self.conv3 = ConvNorm(width, c_out, 1, groups=groups)
-        straight = stride == 1 and c_in == c_out
-        self.shortcut = None if straight else ConvNorm(c_in, c_out, 1, stride, relu=False, groups=groups)
+        same = stride == 1 and c_in == c_out
+        self.shortcut = None if same else ConvNorm(c_in, c_out, 1, stride, relu=False, groups=groups)
 
     def forward(self,
         x:Tensor, # (N, c_in, H, W)
-    )->Tensor: # (N, 4*width, H/stride, W/stride)
-        "Rectified sum of the shortcut and of what the three convolutions add to it"
+    )->Tensor: # (N, 4*width, ceil(H/stride), ceil(W/stride)), not negative
+        "Rectified sum of the shortcut and of what three convolutions add to it"
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return self.conv3(self.conv2(self.conv1(x)), shortcut)
 
-# %% ../nbs/21_resnet.ipynb #5750fbb1
+# %% ../nbs/21_resnet.ipynb #5df0e6ca
 class ResNet(nn.Module):
-    "Stem and four stages (arXiv 1512.03385, Tab. 1); (3, 4, 6, 3) blocks are R-50, (3, 4, 23, 3) R-101"
+    "Stem and four stages (arXiv 1512.03385, Tab. 1): blocks (3, 4, 6, 3) are R-50, (3, 4, 23, 3) R-101"
     def __init__(self,
-        blocks:tuple=(3, 4, 6, 3), # bottlenecks of the four stages
+        blocks:tuple=(3, 4, 6, 3), # bottlenecks of each stage
         width:int=64, # channels of the stem; stage l works at width * 2**l
         *,
-        groups:int=32, # of every norm
+        groups:int=32, # of each norm
     ):
         super().__init__()
         self.stem = ConvNorm(3, width, 7, 2, groups=groups)
@@ -54,18 +54,15 @@ class ResNet(nn.Module):
         for l, depth in enumerate(blocks):
             stage = nn.Sequential()
             for i in range(depth):
-                stage.append(Bottleneck(c_in, width * 2**l, 2 if l and not i else 1, groups=groups))
+                stage.append(Bottleneck(c_in, width * 2**l, 2 if l > 0 and i == 0 else 1, groups=groups))
                 c_in = width * 2**l * Bottleneck.expansion
             self.stages.append(stage)
         self.channels = tuple(width * 2**l * Bottleneck.expansion for l in range(len(blocks)))
 
     def forward(self,
-        images:Tensor, # (N, 3, H, W) normalized, sides multiples of 32
-    )->list: # C2..C5: (N, channels[l], H/2**(l+2), W/2**(l+2))
-        "The output of each stage"
-        x = F.max_pool2d(self.stem(images), 3, 2, 1)  # (N, width, H/4, W/4)
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
+        images:Tensor, # (N, 3, H, W) normalized
+    )->list: # C2..C5: (N, channels[l], H / 2**(l+2), W / 2**(l+2))
+        "The map that each stage ends with"
+        x, features = F.max_pool2d(self.stem(images), 3, 2, 1), []  # (N, width, H/4, W/4)
+        for stage in self.stages: features.append(x := stage(x))
         return features
