@@ -68,7 +68,8 @@ def mask_targets(
     size:int=28, # pixels per side of the target
 )->Tensor: # (K', size, size) float32, 0 or 1
     "The part of its object's mask that each RoI sees, resized (mmdetection's `BitmapMasks.crop_and_resize`)."
-    return torch.ops.scratchdet.mask_targets(masks, rois, matched, size)
+    with torch.autocast(masks.device.type, enabled=False):  # bf16 weights would move the border
+        return torch.ops.scratchdet.mask_targets(masks, rois, matched, size)
 
 # %% ../nbs/42_mask_head.ipynb #729e2626
 def mask_loss(
@@ -79,8 +80,8 @@ def mask_loss(
 )->tuple[Tensor, Tensor]: # sum () and number of RoIs () that it is divided by
     "Binary cross entropy of the own class's mask: mean over its pixels, summed over the positives."
     own = labels.clamp(max=logits.shape[1] - 1)[:, None, None, None].expand(-1, 1, *logits.shape[2:])
-    pred = logits.gather(1, own)[:, 0].float()  # (K', 28, 28)
-    loss = F.binary_cross_entropy_with_logits(pred, targets, reduction='none').mean((1, 2))
+    pred = logits.gather(1, own)[:, 0]  # (K', 28, 28)
+    loss = F.binary_cross_entropy_with_logits(pred, targets.to(pred.dtype), reduction='none').mean((1, 2))
     return loss.where(weight, 0).sum(), weight.sum()
 
 # %% ../nbs/42_mask_head.ipynb #bddb800d

@@ -137,6 +137,7 @@ def _windows(maps, rois, levels, level, stride, resolution, sampling_ratio):
 
 # %% ../nbs/40_roi_align.ipynb #e9f25454
 @_roi_align.register_kernel('cpu')
+@torch.autocast('cpu', enabled=False)  # its own float32 stays float32
 def _roi_align_cpu(features, rois, resolution, strides, sampling_ratio):
     c, levels = features[0].shape[1], roi_levels(rois[:, 1:], len(features))
     rois = rois.to(_math(features[0].dtype))
@@ -150,6 +151,7 @@ def _roi_align_cpu(features, rois, resolution, strides, sampling_ratio):
 
 # %% ../nbs/40_roi_align.ipynb #196454e5
 @_roi_align_backward.register_kernel('cpu')
+@torch.autocast('cpu', enabled=False)  # its own float32 stays float32
 def _roi_align_backward_cpu(grad, features, rois, strides, sampling_ratio):
     levels, rois, grads = roi_levels(rois[:, 1:], len(features)), rois.to(_math(grad.dtype)), []
     dy = grad.permute(0, 2, 3, 1).to(rois.dtype).contiguous()  # (K, resolution, resolution, C)

@@ -125,11 +125,11 @@ def losses(
                         positive_fraction=self.positive_fraction)                                  # (N, S)
     matched = matched.gather(1, idxs)
     positive = used & (matched >= 0)
-    logits = out.logits.gather(1, idxs).float()
-    loss_cls = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction='none')
+    logits = out.logits.gather(1, idxs).to(out.anchors.dtype)
+    loss_cls = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction='none')
     anchors = out.anchors[idxs]                                                                    # (N, S, 4)
     objects = _rows(boxes, matched.clamp(min=0)).where(positive[..., None], anchors)
-    loss_loc = (_rows(out.deltas, idxs).float() - boxes_to_deltas(objects, anchors)).abs()
+    loss_loc = (_rows(out.deltas, idxs).to(anchors.dtype) - boxes_to_deltas(objects, anchors)).abs()
     count = (positive.sum(1).clamp(min=1) + (used & ~positive).sum(1).clamp(min=1)).sum()
     sums = dict(loss_rpn_cls=(loss_cls * used).sum(), loss_rpn_loc=(loss_loc * positive[..., None]).sum())
     return sums, count
@@ -139,7 +139,7 @@ def _best(out, topk):
     "Indices of the `topk` best anchors of each level, and their level: both (N, P')."
     starts = [sum(out.counts[:l]) for l in range(len(out.counts))]
     best = [x.topk(min(topk, n), 1).indices + s
-            for x, n, s in zip(out.logits.detach().float().split(out.counts, 1), out.counts, starts)]
+            for x, n, s in zip(out.logits.detach().split(out.counts, 1), out.counts, starts)]
     return torch.cat(best, 1), torch.cat([torch.full_like(x, l) for l, x in enumerate(best)], 1)
 
 # %% ../nbs/32_rpn.ipynb #4e08c88c
@@ -152,7 +152,7 @@ def proposals(
 )->Proposals: # P of each image; no gradient flows through them
     "The boxes of the best anchors of each level, without those that repeat a better one."
     idxs, levels = _best(out, self.pre_nms_topk[not training])                                     # (N, P')
-    scores = out.logits.detach().float().gather(1, idxs)
+    scores = out.logits.detach().to(out.anchors.dtype).gather(1, idxs)
     boxes = clip_boxes(deltas_to_boxes(_rows(out.deltas.detach(), idxs), out.anchors[idxs]), sizes)
     valid = (boxes[..., 2:] > boxes[..., :2]).all(-1)
     valid = nms_keep(boxes, scores, levels, valid, self.nms_thresh)
