@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trained', 'ignored', 'skipped', 'layout', 'coco_split', 'CocoIndex', 'open_index', 'load_index', 'training_images']
 
-# %% ../nbs/10_coco.ipynb #af279867
+# %% ../nbs/10_coco.ipynb #2efb5e06
 import hashlib, json, os, tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .masks import to_rle
 
-# %% ../nbs/10_coco.ipynb #11fdc48f
+trained, ignored, skipped = 0, 1, 2  # status of an annotation
+
+# %% ../nbs/10_coco.ipynb #8c4a5091
 def coco_split(
     root,      # folder of a data set in COCO's layout
     split:str, # beginning of the split's name: `train` or `val`
@@ -30,18 +32,22 @@ def coco_split(
     root = Path(root)
     found = sorted(root.glob(f'annotations/instances_{split}*.json'))
     if len(found) != 1:
-        what = f'has {len(found)} files' if root.is_dir() else 'does not exist, so it has no file'
-        raise FileNotFoundError(f"{root} {what} annotations/instances_{split}*.json: give a folder in COCO's layout "
-                                f"(annotations/instances_{split}2017.json and {split}2017/)")
+        what = f'has {len(found)} files' if root.is_dir() else 'does not exist: no file'
+        raise FileNotFoundError(f"{root} {what} annotations/instances_{split}*.json; give a folder in COCO's "
+                                f"layout (annotations/instances_{split}2017.json and {split}2017/)")
     return found[0], root / found[0].stem.removeprefix('instances_')
 
-# %% ../nbs/10_coco.ipynb #fea2c26a
+# %% ../nbs/10_coco.ipynb #27a57ad0
+def _wrong(path, what, do='correct the record or remove it'):
+    "The error that names a record of the file and the way out."
+    return ValueError(f'{path}: {what}: {do}')
+
 def _records(path, doc, kind):
     "The list `kind` of a COCO file."
     rows = doc.get(kind) if isinstance(doc, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(o, dict) for o in rows) or (not rows and kind != 'annotations'):
-        raise ValueError(f'{path} is not a COCO instances file: it needs a list of records `{kind}`'
-                         + (f', it has {sorted(doc)[:8]}' if isinstance(doc, dict) else ''))
+    if not isinstance(rows, list) or set(map(type, rows)) - {dict} or not rows and kind != 'annotations':
+        has = f'a dict with {sorted(doc)[:8]}' if isinstance(doc, dict) else f'a {type(doc).__name__}'
+        raise _wrong(path, f'not a COCO instances file but {has}', f'it needs a list of records `{kind}`')
     return rows
 
 def _column(path, rows, kind, key, types, default=None):
@@ -50,18 +56,17 @@ def _column(path, rows, kind, key, types, default=None):
     if not set(map(type, values)) <= types:
         i = next(i for i, v in enumerate(values) if type(v) not in types)
         wanted = ' or '.join(sorted(o.__name__ for o in types))
-        raise ValueError(f'{path}: {kind}[{i}] (id {rows[i].get("id")}): `{key}` is {values[i]!r}, not {wanted}: correct '
-                         'the record or remove it')
+        raise _wrong(path, f'{kind}[{i}] (id {rows[i].get("id")}) has `{key}` {values[i]!r}, not {wanted}')
     return values
 
-# %% ../nbs/10_coco.ipynb #3197bfda
+# %% ../nbs/10_coco.ipynb #194a28a8
 def _ids(path, rows, kind):
     "The ids of the records, which must differ."
     ids = np.array(_column(path, rows, kind, 'id', {int}), np.int64)
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(f'{path}: the id {values[counts > 1][0]} occurs {counts.max()} times in {kind}: ids must differ, '
-                         'renumber the records')
+        i = np.argmax(counts > 1)
+        raise _wrong(path, f'the id {values[i]} occurs {counts[i]} times in `{kind}`', 'give each its own')
     return ids
 
 def _rows_of(path, anns, key, ids, kind):
@@ -70,26 +75,27 @@ def _rows_of(path, anns, key, ids, kind):
     rows = order[np.minimum(np.searchsorted(ids[order], wanted), len(ids) - 1)]
     lost = np.flatnonzero(ids[rows] != wanted)
     if len(lost):
-        raise ValueError(f'{path}: annotation {anns[lost[0]]["id"]} has {key} {wanted[lost[0]]}, which is not in `{kind}` '
-                         f'({len(lost)} such annotations): add the record to `{kind}` or remove them')
+        what = f'annotation {anns[lost[0]].get("id")} has {key} {wanted[lost[0]]}, which is not in `{kind}`'
+        raise _wrong(path, f'{what} ({len(lost)} such annotations)', f'complete `{kind}` or remove them')
     return rows
 
-# %% ../nbs/10_coco.ipynb #23bc3983
+# %% ../nbs/10_coco.ipynb #a0ba259a
 def _images(path, doc):
     "Ids, sizes and file names of the images."
     rows = _records(path, doc, 'images')
     ids, names = _ids(path, rows, 'images'), _column(path, rows, 'images', 'file_name', {str})
-    sizes = np.array([_column(path, rows, 'images', key, {int}) for key in ('height', 'width')], np.int64).T.copy()  # (I, 2)
+    sizes = [_column(path, rows, 'images', key, {int}) for key in ('height', 'width')]
+    sizes = np.stack([np.array(o, np.int64) for o in sizes], axis=1)  # (I, 2)
     for i in np.flatnonzero((sizes < 1).any(1))[:1]:
-        raise ValueError(f'{path}: image {ids[i]} has height, width {sizes[i].tolist()}: write its true size')
+        raise _wrong(path, f'image {ids[i]} has height, width {sizes[i].tolist()}', 'write its true size')
     for i, name in enumerate(names):
         if name[:1] in ('', '/') or '..' in name.split('/') or '\0' in name:
-            raise ValueError(f'{path}: image {ids[i]} has file_name {name!r}, which leaves the image folder: '
-                             'write a path relative to it')
-    names = np.array([o.encode() for o in names])                                                   # (I,) S
+            what = f'image {ids[i]} has file_name {name!r}, which leaves the image folder'
+            raise _wrong(path, what, 'write a path inside it')
+    names = np.array([o.encode() for o in names])  # (I,) bytes of the longest name's length
     return dict(image_ids=ids, sizes=sizes, file_names=names.view(np.uint8).reshape(len(ids), -1))
 
-# %% ../nbs/10_coco.ipynb #77c46731
+# %% ../nbs/10_coco.ipynb #c196651b
 def _categories(path, doc):
     "Category ids in growing order, and their names."
     rows = _records(path, doc, 'categories')
@@ -98,7 +104,7 @@ def _categories(path, doc):
     return ids[order], [names[i] for i in order]
 
 def _numbers(path, ids, key, values):
-    "Lists of numbers, joined to one float64 array; the annotation with a value that is no finite number is named."
+    "Lists of numbers, joined to one float64 array; an annotation without finite numbers is named."
     lengths = np.fromiter(map(len, values), np.int64, len(values))
     flat = np.zeros(0)
     ok = set(map(type, chain.from_iterable(values))) <= {int, float}
@@ -106,11 +112,10 @@ def _numbers(path, ids, key, values):
     if not ok or not np.isfinite(flat).all():
         finite = lambda row: all(type(o) in (int, float) and np.isfinite(o) for o in row)
         i = next(i for i, row in enumerate(values) if not finite(row))
-        raise ValueError(f'{path}: annotation {ids[i]} has `{key}` {str(values[i])[:100]}, which are not finite numbers: '
-                         'correct the record or remove it')
+        raise _wrong(path, f'annotation {ids[i]} has `{key}` {str(values[i])[:99]}, not finite numbers')
     return flat, lengths
 
-# %% ../nbs/10_coco.ipynb #e9696a9d
+# %% ../nbs/10_coco.ipynb #f7a4bc97
 def _offsets(lengths):
     "Where each of consecutive pieces of these lengths begins, and the end of the last."
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -119,8 +124,7 @@ def _polygons(path, ids, segmentations):
     "All polygons of at least three points as coordinates, with the offsets of rings and objects."
     lists = [o if type(o) is list else [] for o in segmentations]
     for i in (i for i, o in enumerate(lists) if not all(type(ring) is list for ring in o)):
-        raise ValueError(f'{path}: annotation {ids[i]} has a `segmentation` that is not a list of polygons, each a list '
-                         '[x1, y1, x2, y2, ...]: correct the record or remove it')
+        raise _wrong(path, f'annotation {ids[i]} has a `segmentation` that is no list of lists of numbers')
     lists = [[ring for ring in o if len(ring) >= 6 and len(ring) % 2 == 0] for o in lists]
     counts = np.fromiter(map(len, lists), np.int64, len(lists))
     rings = list(chain.from_iterable(lists))
@@ -129,23 +133,19 @@ def _polygons(path, ids, segmentations):
     if (cents / 100 == xy).all() and np.abs(cents).max(initial=0) < 2**31: xy = cents.astype(np.int32)
     return dict(coords=xy, coord_first=_offsets(lengths), ring_first=_offsets(counts))
 
-# %% ../nbs/10_coco.ipynb #6d837718
+# %% ../nbs/10_coco.ipynb #86b62af0
 def _run_lengths(path, ids, segmentations, sizes):
     "All run lengths as compressed strings in one array of bytes, with the offsets of objects."
     parts = []
     for i, (field, size) in enumerate(zip(segmentations, sizes.tolist())):
         if type(field) not in (list, dict, type(None)):
-            raise ValueError(f'{path}: annotation {ids[i]} has `segmentation` {str(field)[:50]!r}, which is neither a list '
-                             'of polygons nor run lengths: correct the record or remove it')
+            raise _wrong(path, f'annotation {ids[i]} has `segmentation` {field!r}, no polygons or runs')
         try: parts.append(to_rle(field, *size)['counts'] if type(field) is dict else b'')
-        except ValueError as e:
-            raise ValueError(f'{path}: annotation {ids[i]}: {e}: correct the record or remove it') from None
-    return dict(rle=np.frombuffer(bytearray().join(parts), np.uint8), rle_first=_offsets([len(o) for o in parts]))
+        except ValueError as e: raise _wrong(path, f'annotation {ids[i]}: {e}') from None
+    first = _offsets([len(o) for o in parts])
+    return dict(rle=np.frombuffer(bytearray().join(parts), np.uint8), rle_first=first)
 
-# %% ../nbs/10_coco.ipynb #1b30a59d
-trained, ignored, skipped = 0, 1, 2
-
-# %% ../nbs/10_coco.ipynb #04dc6708
+# %% ../nbs/10_coco.ipynb #fc483a72
 def _skipped(boxes, areas, flags, sizes):
     "True for each object that training does not see at all. `boxes` xywh in float64."
     x, y, w, h = boxes.T
@@ -166,7 +166,17 @@ def _shapeless(polygons, sizes, segmentations):
     has_list = np.fromiter((type(o) is list and len(o) > 0 for o in segmentations), bool, len(segmentations))
     return has_list & (total[first[1:]] == total[first[:-1]])
 
-# %% ../nbs/10_coco.ipynb #67b86af2
+# %% ../nbs/10_coco.ipynb #cfaae080
+def _boxes(path, anns, ids):
+    "Boxes (T, 4) as COCO writes them (x, y, width, height), and areas (T,), both float64."
+    xywh, lengths = _numbers(path, ids, 'bbox', _column(path, anns, 'annotations', 'bbox', {list}))
+    for i in np.flatnonzero(lengths != 4)[:1]:
+        raise _wrong(path, f'annotation {ids[i]} has a `bbox` of {lengths[i]} numbers, not [x, y, w, h]')
+    areas = _column(path, anns, 'annotations', 'area', {int, float})
+    areas, _ = _numbers(path, ids, 'area', [[o] for o in areas])
+    return xywh.reshape(-1, 4), areas
+
+# %% ../nbs/10_coco.ipynb #19f59d79
 def _annotations(path, doc, image_ids, sizes, category_ids):
     "The arrays of all annotations, sorted by image."
     anns = _records(path, doc, 'annotations')
@@ -175,30 +185,27 @@ def _annotations(path, doc, image_ids, sizes, category_ids):
     anns, rows = [anns[i] for i in order], rows[order]
     ids, sizes = _ids(path, anns, 'annotations'), sizes[rows]
     labels = _rows_of(path, anns, 'category_id', category_ids, 'categories')
-    xywh, lengths = _numbers(path, ids, 'bbox', _column(path, anns, 'annotations', 'bbox', {list}))
-    for i in np.flatnonzero(lengths != 4)[:1]:
-        raise ValueError(f'{path}: annotation {ids[i]} has a `bbox` of {lengths[i]} numbers, not [x, y, width, height]')
-    xywh, areas = xywh.reshape(-1, 4), [[o] for o in _column(path, anns, 'annotations', 'area', {int, float})]
-    areas, _ = _numbers(path, ids, 'area', areas)
+    xywh, areas = _boxes(path, anns, ids)
     crowds = np.array(_column(path, anns, 'annotations', 'iscrowd', {int, bool}, 0), bool)
     flags = np.array([bool(o.get('ignore')) for o in anns], bool)
     segmentations = [o.get('segmentation') for o in anns]
     polygons = _polygons(path, ids, segmentations)
     status = np.where(crowds | _shapeless(polygons, sizes, segmentations), ignored, trained)
     status[_skipped(xywh, areas, flags, sizes)] = skipped
-    return dict(annotation_ids=ids, labels=labels, areas=areas, iscrowd=crowds, status=status.astype(np.uint8),
-                boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32),
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    return dict(annotation_ids=ids, labels=labels, areas=areas, iscrowd=crowds,
+                status=status.astype(np.uint8), boxes=boxes.astype(np.float32),
                 first=np.searchsorted(rows, np.arange(len(image_ids) + 1)),
                 **polygons, **_run_lengths(path, ids, segmentations, sizes))
 
-# %% ../nbs/10_coco.ipynb #e3530e9d
+# %% ../nbs/10_coco.ipynb #26bdf8ee
 def _parse(path, data):
     "The json document in `data`."
     try: return orjson.loads(data)
     except orjson.JSONDecodeError as e:
         try: return json.loads(data)
         except (ValueError, RecursionError):
-            raise ValueError(f'{path} is not json ({e}): is the download complete?') from None
+            raise _wrong(path, f'is not json ({e})', 'is the download complete?') from None
 
 def _build(path, data):
     "All arrays of the annotation file with the bytes `data`, and the names of the categories."
@@ -208,7 +215,7 @@ def _build(path, data):
     anns = _annotations(path, doc, images['image_ids'], images['sizes'], category_ids)
     return dict(category_ids=category_ids, **images, **anns), names
 
-# %% ../nbs/10_coco.ipynb #7e664bb3
+# %% ../nbs/10_coco.ipynb #c36a2826
 layout = b'1'
 
 def _key(path):
@@ -219,21 +226,22 @@ def _key(path):
     return digest.hexdigest()[:32]
 
 def _cache_folder(json_path, cache):
-    "Where the arrays go: as told, else beside the json, else to the user's cache if that folder is read-only."
+    "Where the arrays go: as told, or beside the json, or to the user's cache if that folder is read-only."
     told = cache or os.environ.get('SCRATCHDET_CACHE')
     if told: return Path(told)
     folder = json_path.parent
     writable = os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222
     return folder / '.scratchdet' if writable else Path.home() / '.cache' / 'scratchdet'
 
-# %% ../nbs/10_coco.ipynb #df192b5c
+# %% ../nbs/10_coco.ipynb #a78b169a
 def _write(path, arrays, names):
     "Save the arrays under `path` in one step."
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix='.part')
     os.close(handle)
+    tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
     try:
-        save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}, name, {'names': json.dumps(names)})
+        save_file(tensors, name, {'names': json.dumps(names)})
         os.replace(name, path)
     finally: Path(name).unlink(missing_ok=True)
 
@@ -242,7 +250,7 @@ def _read(path):
     with safe_open(path, 'pt') as f:
         return {k: f.get_tensor(k).numpy() for k in f.keys()}, tuple(json.loads(f.metadata()['names']))
 
-# %% ../nbs/10_coco.ipynb #af62c5eb
+# %% ../nbs/10_coco.ipynb #55d850e7
 @dataclass(frozen=True, eq=False)
 class CocoIndex:
     "Images of a COCO file and their annotations, as flat arrays."
@@ -271,7 +279,7 @@ class CocoIndex:
         "COCO's category id of each label."
         return self.arrays['category_ids']
 
-# %% ../nbs/10_coco.ipynb #cd6a60dd
+# %% ../nbs/10_coco.ipynb #3eceb51f
 def open_index(
     json_path,   # annotation file
     image_dir,   # folder of the images
@@ -283,26 +291,27 @@ def open_index(
     images = np.arange(len(arrays['image_ids'])) if images is None else images
     return CocoIndex(Path(json_path), Path(image_dir), Path(cache), arrays, names, images)
 
-# %% ../nbs/10_coco.ipynb #d9248272
-def _check_present(index):
-    "Every image file must exist: better known now than after an hour."
-    names = [index.file_name(i) for i in range(len(index))]
-    folders = {os.path.dirname(o) for o in names}
-    present = {os.path.join(o, f) for o in folders if (index.image_dir / o).is_dir() for f in os.listdir(index.image_dir / o)}
-    lost = [i for i, o in enumerate(names) if os.path.normpath(o) not in present and o not in present]
-    if lost:
-        raise FileNotFoundError(f'{index.image_dir} lacks {len(lost)} of {len(names)} images of {index.json_path}; the first is '
-                                f'{names[lost[0]]} (image {index.image_ids[lost[0]]}): complete the folder, or give the right one')
-
+# %% ../nbs/10_coco.ipynb #e7470367
 @patch
-def file_name(
+def path(
     self:CocoIndex,
     i:int, # position in the view
-)->str: # relative to `image_dir`
-    "File name of an image."
-    return self.arrays['file_names'][self.images[i]].tobytes().rstrip(b'\0').decode()
+)->Path: # of the image file
+    "Path of an image."
+    return self.image_dir / self.arrays['file_names'][self.images[i]].tobytes().rstrip(b'\0').decode()
 
-# %% ../nbs/10_coco.ipynb #87064674
+def _check_present(index):
+    "Every image of the index must be a file."
+    paths = [index.path(i) for i in range(len(index))]
+    folders = {o.parent for o in paths}
+    present = {folder: set(os.listdir(folder)) for folder in folders if folder.is_dir()}
+    lost = [i for i, o in enumerate(paths) if o.name not in present.get(o.parent, ())]
+    if lost:
+        first = f'{paths[lost[0]].name} (image {index.image_ids[lost[0]]})'
+        raise FileNotFoundError(f'{index.image_dir} lacks {len(lost)} of the {len(paths)} images of '
+                                f'{index.json_path}, first {first}: complete it, or give the right folder')
+
+# %% ../nbs/10_coco.ipynb #6d12e07f
 def load_index(
     json_path,  # annotation file in COCO's format
     image_dir,  # folder of the images
@@ -310,8 +319,8 @@ def load_index(
 )->CocoIndex: # all images of the file
     "The index of an annotation file, from its cache if there is one for just this content."
     json_path, image_dir = Path(json_path).absolute(), Path(image_dir).absolute()
-    for path, what in ((json_path, 'annotation file'), (image_dir, 'image folder')):
-        if not path.exists(): raise FileNotFoundError(f'the {what} {path} does not exist: check the path')
+    for path, there in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())):
+        if not there: raise FileNotFoundError(f'{path} does not exist: check the path')
     file = _cache_folder(json_path, cache) / f'{json_path.stem}-{_key(json_path)}.safetensors'
     try: index = open_index(json_path, image_dir, file)
     except (FileNotFoundError, SafetensorError):
@@ -320,16 +329,7 @@ def load_index(
     _check_present(index)
     return index
 
-# %% ../nbs/10_coco.ipynb #fa0b9f60
-@patch
-def path(
-    self:CocoIndex,
-    i:int, # position in the view
-)->Path: # of the image file
-    "Path of an image."
-    return self.image_dir / self.file_name(i)
-
-# %% ../nbs/10_coco.ipynb #3e9a183a
+# %% ../nbs/10_coco.ipynb #b3fd8f64
 @patch
 def subset(
     self:CocoIndex,
@@ -338,27 +338,27 @@ def subset(
     "Choose images."
     return replace(self, images=self.images[np.asarray(positions)])
 
-# %% ../nbs/10_coco.ipynb #f596fd79
+# %% ../nbs/10_coco.ipynb #884e439b
 @patch
 def target(
     self:CocoIndex,
     i:int,       # position in the view
     every=False, # also crowds and what training skips
-)->dict: # `image_id`, `boxes` (M, 4) xyxy px, `labels` (M,), `iscrowd` (M,), `area` (M,) px², `status` (M,), `rows` (M,) of the arrays
-    "The objects of an image that training sees, with torchvision's names."
-    first, last = self.arrays['first'][self.images[i]:][:2]
-    rows = np.arange(first, last)
-    if not every: rows = rows[self.arrays['status'][rows] == trained]
+)->dict: # image_id, boxes (M, 4) xyxy px, labels, iscrowd, area in px², status, and rows of the arrays (M,)
+    "The objects of an image."
+    a, image = self.arrays, self.images[i]
+    rows = np.arange(a['first'][image], a['first'][image + 1])
+    if not every: rows = rows[a['status'][rows] == trained]
     columns = dict(boxes='boxes', labels='labels', iscrowd='iscrowd', area='areas', status='status')
-    return dict(image_id=int(self.image_ids[i]), rows=rows,
-                **{k: torch.from_numpy(self.arrays[v][rows]) for k, v in columns.items()})
+    tensors = {k: torch.from_numpy(a[v][rows]) for k, v in columns.items()}
+    return dict(image_id=int(a['image_ids'][image]), rows=rows, **tensors)
 
-# %% ../nbs/10_coco.ipynb #caafd363
+# %% ../nbs/10_coco.ipynb #e133a0b7
 @patch
 def segmentation(
     self:CocoIndex,
     row:int, # of the annotation arrays (`rows` of `target`)
-): # list of polygons, dict of run lengths, or None where the file has no segmentation
+): # list of polygons, dict of compressed run lengths, or None where the file has no segmentation
     "COCO's segmentation field of one annotation."
     a = self.arrays
     lo, hi = a['rle_first'][row], a['rle_first'][row + 1]
@@ -369,7 +369,22 @@ def segmentation(
     scale = 100 if a['coords'].dtype == np.int32 else 1
     return [(a['coords'][s:e] / scale).tolist() for s, e in zip(ends[:-1], ends[1:])] or None
 
-# %% ../nbs/10_coco.ipynb #aadab3d2
+# %% ../nbs/10_coco.ipynb #1ba8237d
+@patch
+def rles(
+    self:CocoIndex,
+    i:int,     # position in the view
+    rows=None, # rows of the annotation arrays, default those of `target(i)`
+)->list: # of M dicts, compressed run lengths at the original size
+    "Run lengths of an image's objects."
+    rows, (h, w) = self.target(i)['rows'] if rows is None else rows, self.sizes[i].tolist()
+    fields = [self.segmentation(row) for row in rows]
+    for row in (row for row, o in zip(rows, fields) if o is None):
+        what = f'annotation {self.arrays["annotation_ids"][row]} has no segmentation'
+        raise _wrong(self.json_path, what, 'add one, or train a model without masks (faster_rcnn)')
+    return [to_rle(o, h, w) for o in fields]
+
+# %% ../nbs/10_coco.ipynb #e4f9da29
 @patch
 def bitmaps(
     self:CocoIndex,
@@ -377,22 +392,17 @@ def bitmaps(
     rows=None, # rows of the annotation arrays, default those of `target(i)`
 )->np.ndarray: # (M, H, W) uint8 at the original size
     "Masks of an image's objects."
-    rows, (h, w) = self.target(i)['rows'] if rows is None else rows, self.sizes[i].tolist()
-    if not len(rows): return np.zeros((0, h, w), np.uint8)
-    fields = [self.segmentation(row) for row in rows]
-    for row in (row for row, o in zip(rows, fields) if o is None):
-        raise ValueError(f'{self.json_path}: annotation {self.arrays["annotation_ids"][row]} of image {self.image_ids[i]} '
-                         'has no segmentation: add one, or train a model without masks (faster_rcnn)')
-    return coco_mask.decode([to_rle(o, h, w) for o in fields]).transpose(2, 0, 1)
+    rles = self.rles(i, rows)
+    if not rles: return np.zeros((0, *self.sizes[i].tolist()), np.uint8)
+    return coco_mask.decode(rles).transpose(2, 0, 1)
 
-# %% ../nbs/10_coco.ipynb #d593dd62
+# %% ../nbs/10_coco.ipynb #80aa996c
 def training_images(
     index:CocoIndex,   # all images
     filter_empty=True, # leave out images without any annotation
     min_size=32,       # leave out images whose shorter side is less, px
 )->CocoIndex: # view of the images to train on
     "mmdetection's choice of images for training (`CocoDataset.filter_data`)."
-    first = index.arrays['first']
     keep = index.sizes.min(1) >= min_size
-    if filter_empty: keep &= (np.diff(first) > 0)[index.images]
+    if filter_empty: keep &= (np.diff(index.arrays['first']) > 0)[index.images]
     return index.subset(keep)

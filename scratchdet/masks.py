@@ -58,7 +58,8 @@ def _checked_runs(segmentation, height, width):
     runs = rle_counts(counts) if isinstance(counts, bytes) else np.array(counts)
     if runs.dtype != np.int64 or runs.ndim != 1 or runs.min(initial=0) < 0 or runs.sum() != height * width:
         raise ValueError(f'its run lengths do not add up to the {height * width} pixels of the image')
-    return counts if isinstance(counts, bytes) else coco_mask.frPyObjects(segmentation, height, width)['counts']
+    if isinstance(counts, bytes): return counts
+    return coco_mask.frPyObjects(segmentation, height, width)['counts']
 
 # %% ../nbs/03_masks.ipynb #4f53f59b
 def to_rle(
@@ -108,20 +109,31 @@ def resize_mask(
     return mask[..., rows, :][..., cols]
 
 # %% ../nbs/03_masks.ipynb #588707bb
+def _crop(rle):
+    "The bitmap inside the box of an object, and the box's first column and row."
+    height = rle['size'][0]
+    x, y, w, h = coco_mask.toBbox(rle).astype(int).tolist()
+    ends = rle_counts(rle['counts']).cumsum().clip(x * height, (x + w) * height)
+    bits = np.arange(len(ends), dtype=np.uint8) & 1
+    return np.repeat(bits, np.diff(ends, prepend=x * height)).reshape(w, height)[:, y:y + h].T, x, y
+
+# %% ../nbs/03_masks.ipynb #15bd7e27
 def network_mask(
-    mask:np.ndarray,  # (H, W) uint8 of the original image
-    height:int,       # of the resized image, px
-    width:int,        # of the resized image, px
-    flip:bool=False,  # mirror left and right
+    rle:dict,        # compressed run lengths of `to_rle`, at the original size
+    height:int,      # of the resized image, px
+    width:int,       # of the resized image, px
+    flip:bool=False, # mirror left and right
 )->np.ndarray: # (height, ceil(width/8)) uint8, packed bits
-    "`resize_mask`, a mirror image if wanted, and `pack_masks` of one bitmap, in the cheapest order."
-    rows, cols = nearest_index(mask.shape[0], height), nearest_index(mask.shape[1], width)
-    if flip: cols = cols[::-1]
+    "`resize_mask`, a mirror image if wanted, and `pack_masks`, touching only the pixels of the object's box."
+    crop, x, y = _crop(rle)
+    rows, cols = nearest_index(rle['size'][0], height), nearest_index(rle['size'][1], width)
+    top, bottom = np.searchsorted(rows, (y, y + crop.shape[0])).tolist()
+    left, right = np.searchsorted(cols, (x, x + crop.shape[1])).tolist()
+    start = width - right if flip else left
+    bits = np.zeros((crop.shape[0], start % 8 + right - left), np.uint8)
+    picked = crop[:, cols[left:right] - x]
+    bits[:, start % 8:] = picked[:, ::-1] if flip else picked
+    bits = np.packbits(bits, axis=1)
     out = np.zeros((height, -(-width // 8)), np.uint8)
-    used = np.flatnonzero(mask.any(1))
-    if not len(used): return out
-    first, last = used[0], used[-1] + 1
-    packed = np.packbits(np.take(mask[first:last], cols, axis=1), axis=1)  # (last-first, ceil(width/8))
-    lo, hi = np.searchsorted(rows, (first, last))
-    out[lo:hi] = packed[rows[lo:hi] - first]
+    out[top:bottom, start // 8:start // 8 + bits.shape[1]] = bits[rows[top:bottom] - y]
     return out

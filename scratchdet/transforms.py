@@ -16,44 +16,42 @@ from .boxes import clip_boxes
 # %% ../nbs/11_transforms.ipynb #dcbe1748
 def read_image(
     path, # of a JPEG, PNG, WebP or GIF file
-)->Tensor: # (3, H, W) uint8, RGB; laid out pixel by pixel (channels last), as decoders write it
-    "Decode an image; what cannot be read is named."
+)->Tensor: # (3, H, W) uint8, RGB; in memory pixel by pixel (channels last), as decoders write it
+    "Decode an image; a file that cannot be read is named."
     if not Path(path).is_file(): raise FileNotFoundError(f'the image {path} does not exist: check the path')
     try: return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError as e:
-        reason = str(e).split(', ')[-1]
-        raise ValueError(f'{path} is not an image that can be read ({reason}): replace the file, or remove its image '
-                         'from the annotations') from None
+        raise ValueError(f'{path} is not an image that can be read ({str(e).split(", ")[-1]}): replace the '
+                         'file, or remove its image from the annotations') from None
 
-# %% ../nbs/11_transforms.ipynb #8af681ee
+# %% ../nbs/11_transforms.ipynb #eee68995
 def resized_size(
-    height:int,    # px
-    width:int,     # px
-    short=800,     # wanted short side, px
-    long=1333,     # limit of the long side, px
-)->tuple: # (height, width) after resizing, px
+    height:int, # px
+    width:int,  # px
+    short=800,  # wanted short side, px
+    long=1333,  # limit of the long side, px
+)->tuple: # (height, width) after resizing, px, at least 1
     "The size at which the network sees an image (`mmcv.imrescale`: keeps the ratio, rounds half up)."
     scale = min(long / max(height, width), short / min(height, width))
     return max(int(height * scale + .5), 1), max(int(width * scale + .5), 1)
 
-# %% ../nbs/11_transforms.ipynb #87f15e15
+# %% ../nbs/11_transforms.ipynb #67697390
 def resize_image(
     image:Tensor, # (3, H, W) uint8
     size,         # (height, width) wanted, px
 )->Tensor: # (3, height, width) uint8
-    "Bilinear resizing of grey levels without antialiasing, as OpenCV's `INTER_LINEAR`."
+    "Bilinear resizing without antialiasing, as OpenCV's `INTER_LINEAR`."
     return resize(image, list(size), antialias=False)
 
-# %% ../nbs/11_transforms.ipynb #eee68995
+# %% ../nbs/11_transforms.ipynb #cc1575f6
 def resize_boxes(
     boxes:Tensor, # (M, 4) xyxy, px of the original image
     size,         # (height, width) of the original image, px
     new,          # (height, width) of the resized image, px
 )->Tensor: # (M, 4) xyxy, px of the resized image, clipped to it
-    "Boxes on the resized image. Its sides are whole pixels, so x and y scale a little differently."
+    "Boxes on the resized image (mmdetection's `Resize` with `clip_object_border`)."
     h, w = new[0] / size[0], new[1] / size[1]
-    boxes = boxes * boxes.new_tensor([w, h, w, h])
-    return clip_boxes(boxes, torch.as_tensor(new, device=boxes.device))
+    return clip_boxes(boxes * boxes.new_tensor([w, h, w, h]), torch.as_tensor(new, device=boxes.device))
 
 # %% ../nbs/11_transforms.ipynb #6573b0e5
 def flip_image(
