@@ -11,7 +11,7 @@ from torch import Tensor
 
 # %% ../nbs/31_matcher.ipynb #6dcda0b2
 def _last_best(iou, low_quality):
-    "For each anchor the last object that has no better one, or -1; the objects' best IoU is `low_quality` or more."
+    "For each anchor the last object that has no better one (and whose best reaches `low_quality`), or -1."
     best = iou.amax(2, keepdim=True)                                                # (N, M, 1)
     order = torch.arange(iou.shape[1], device=iou.device, dtype=torch.int32)[:, None]
     return order.where((iou == best) & (best >= low_quality), -1).amax(1).long()    # (N, R)
@@ -36,15 +36,15 @@ def match(
         matched = own.where(own >= 0, matched)
     return matched if inside is None else matched.where(inside, -2)
 
-# %% ../nbs/31_matcher.ipynb #3a520ea3
+# %% ../nbs/31_matcher.ipynb #1f5b408a
 def _mix(x):
-    "A bijection of 0..2³²-1 whose every output bit depends on every input bit; no product leaves int64."
+    "A bijection of 0..2³²-1 whose every output bit depends on every input bit."
     x = (x ^ x >> 16) * 0x21f0aaad & 0xffffffff
     x = (x ^ x >> 15) * 0x735a2d97 & 0xffffffff
     return x ^ x >> 15
 
 def _hash(words, h):
-    "Hash of a list of 32 bit numbers."
+    "Hash of a list of 32 bit numbers, from the start value `h`."
     for w in words: h = _mix(h + w & 0xffffffff)
     return h
 
@@ -66,19 +66,19 @@ def random_keys(
     salt:int=0, # another salt gives other numbers
 )->Tensor: # (N, n) int64 in 0..2³²-1, no two of an image equal
     "Random numbers of which the i-th depends on the image's key, the salt and i alone."
-    low, high = keys[:, None] & 0xffffffff, keys[:, None] >> 32                      # (N, 1)
+    low, high = keys[:, None] & 0xffffffff, keys[:, None] >> 32                     # (N, 1)
     x = _mix(torch.arange(n, device=keys.device) ^ low)                             # (N, n)
     return _mix(x ^ high ^ _hash([salt & 0xffffffff], 0x9e3779b9))
 
-# %% ../nbs/31_matcher.ipynb #c3bf9288
+# %% ../nbs/31_matcher.ipynb #47895271
 def sample(
     matched_idxs:Tensor, # (N, R) int64, from `match`
     keys:Tensor, # (N,) int64, from `image_keys`
     *,
-    batch_size_per_image:int, # S at most
-    positive_fraction:float, # of S at most
+    batch_size_per_image:int, # S, or R if that is less
+    positive_fraction:float, # of `batch_size_per_image`, at most
     salt:int=0, # the RPN and the box head draw with salts of their own
-)->tuple[Tensor, Tensor]: # (N, S) int64 indices into R, positives first; (N, S) bool, False for slots left over
+)->tuple[Tensor, Tensor]: # (N, S) int64 indices into R, positives first; (N, S) bool, False for spare slots
     "Draw S anchors of each image: some positives, and negatives for the rest."
     size = min(batch_size_per_image, matched_idxs.shape[1])
     draws = random_keys(keys, matched_idxs.shape[1], salt)
