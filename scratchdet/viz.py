@@ -26,7 +26,7 @@ def to_picture(
     "An image as matplotlib wants it."
     image = torch.as_tensor(image).detach().cpu()
     if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
-        raise ValueError(f'an image is (3, H, W) or (H, W, 3), not {tuple(image.shape)}: draw one image at a time')
+        raise ValueError(f'an image is (3, H, W) or (H, W, 3), not {tuple(image.shape)}: draw one at a time')
     if image.shape[-1] != 3: image = image.permute(1, 2, 0)
     if image.is_floating_point(): image = image.float() * (255 if image.max() <= 1 else 1)
     return image.clamp(0, 255).to(torch.uint8)
@@ -37,7 +37,7 @@ def _show_image(image, ax=None, title=''):
     picture = to_picture(image)
     h, w = picture.shape[:2]
     if ax is None: ax = plt.subplots(figsize=(4, 4 * h / w + .3))[1]
-    ax.imshow(picture, extent=(0, w, h, 0))
+    ax.imshow(picture, extent=(0, w, h, 0), interpolation='nearest' if w < 200 else None)
     ax.set(title=title, xlim=(0, w), ylim=(h, 0), xticks=[], yticks=[])
     return ax
 
@@ -65,12 +65,14 @@ def draw(
     for i, (kind, text) in enumerate(zip(kinds, _captions(labels, scores, names, n))):
         if masks is not None:
             mask = torch.as_tensor(masks[i]).cpu().float()                             # (H, W)
-            veil = torch.cat([torch.tensor(colours[kind]).expand(*mask.shape, 3), .5 * mask[..., None]], dim=-1)
+            colour = torch.tensor(colours[kind]).expand(*mask.shape, 3)                # (H, W, 3)
+            veil = torch.cat([colour, .5 * mask[..., None]], dim=-1)                   # (H, W, 4)
             ax.imshow(veil, extent=(0, mask.shape[1], mask.shape[0], 0))
         if boxes is None: continue
         x1, y1, x2, y2 = torch.as_tensor(boxes[i]).tolist()
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[kind], lw=1.5))
-        if text: ax.text(x1, y1, text, fontsize=7, va='bottom', clip_on=True, bbox=dict(facecolor=colours[kind], pad=.5, lw=0))
+        if text: ax.text(x1, y1, text, fontsize=7, va='bottom', clip_on=True,
+                         bbox=dict(facecolor=colours[kind], pad=.5, lw=0))
     return ax
 
 # %% ../nbs/01_viz.ipynb #0d51b44a
@@ -84,10 +86,12 @@ def side_by_side(
 )->plt.Figure: # two pictures
     "What is there, and what was found."
     keep = torch.as_tensor(prediction['scores']) >= score_thresh
-    found = {k: torch.as_tensor(prediction[k])[keep] for k in ('boxes', 'labels', 'scores', 'masks') if k in prediction}
+    found = {k: torch.as_tensor(prediction[k])[keep] for k in ('boxes', 'labels', 'scores', 'masks')
+             if k in prediction}
     h, w = to_picture(image).shape[:2]
     fig, axs = plt.subplots(1, 2, figsize=(8, 4 * h / w + .6), layout='constrained')
-    draw(image, target['boxes'], target['labels'], masks=target.get('masks'), names=names, title='target', ax=axs[0])
+    draw(image, target['boxes'], target['labels'], masks=target.get('masks'), names=names, title='target',
+         ax=axs[0])
     draw(image, **found, names=names, title=f'prediction, score at least {score_thresh}', ax=axs[1])
     if title: fig.suptitle(title)
     return fig
