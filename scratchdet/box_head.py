@@ -95,7 +95,8 @@ def box_losses(
 )->tuple[dict, Tensor]: # sums `loss_cls` and `loss_box_reg` (), and the number of RoIs () that divides both
     "Cross entropy of the used RoIs, and L1 of the own class's deltas of the positives."
     labels, used, positive = (o.flatten() for o in (rois.labels, rois.used, rois.positive))  # (N * S,) each
-    loss_cls = F.cross_entropy(_wide(cls_logits), labels.where(used, -100), ignore_index=-100, reduction='sum')
+    classes = labels.where(used, -100)  # which cross entropy ignores
+    loss_cls = F.cross_entropy(_wide(cls_logits), classes, ignore_index=-100, reduction='sum')
     num_classes = deltas.shape[1] // 4
     own = labels.clamp(max=num_classes - 1)[:, None, None].expand(-1, 1, 4)
     pred = _wide(deltas).view(-1, num_classes, 4).gather(1, own)[:, 0]  # (N * S, 4)
