@@ -1,0 +1,108 @@
+"""scratchdet's Mask R-CNN and torchvision's of the same parts learn the same toy set: same batches, steps, schedule, optimizer.
+
+Each run trains from random weights with the `demo` recipe's values and is evaluated on 200 unseen images; seeds change the weights,
+the order of the images and the samples.
+
+    python benchmarks/learning.py --out results/learning.json
+"""
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from peer import AsDetector, torchvision_mask_rcnn
+from scratchdet.coco import coco_split, load_index, training_images
+from scratchdet.detector import mask_rcnn
+from scratchdet.evaluate import evaluate
+from scratchdet.init import init_detector
+from scratchdet.loader import eval_loader, train_loader
+from scratchdet.matcher import image_keys
+from scratchdet.optim import sgd
+from scratchdet.recipes import detector_arguments, recipe_schedule, recipes
+from scratchdet.toy import make_toy
+from train_step import hardware
+
+
+def build(kind, recipe, num_classes, seed):
+    "One of the two models with random weights, each by its own initialization."
+    torch.manual_seed(seed)
+    if kind == 'scratchdet': return init_detector(mask_rcnn(num_classes, **detector_arguments(recipe)))
+    pre, post = recipe.pre_nms_topk, recipe.post_nms_topk
+    return AsDetector(torchvision_mask_rcnn(
+        num_classes, (recipe.short_sides[0], recipe.long_side), blocks=recipe.blocks, channels=recipe.channels, fc=recipe.fc,
+        groups=recipe.groups, rois=recipe.roi_batch, post_nms_train=post[0], rpn_batch_size_per_image=recipe.rpn_batch,
+        rpn_pre_nms_top_n_train=pre[0], rpn_pre_nms_top_n_test=pre[1], rpn_post_nms_top_n_test=post[1],
+        box_score_thresh=recipe.score_thresh, box_detections_per_img=recipe.max_dets))
+
+
+def epochs(images, recipe):
+    "The training batches of a run, one after the other."
+    for epoch in range(10 ** 6):
+        yield from train_loader(images, batch_size=recipe.batch_size, seed=recipe.seed, epoch=epoch, short_sides=recipe.short_sides,
+                                long_side=recipe.long_side, flip=recipe.flip)
+
+
+def learn(kind, recipe, root, evaluations):
+    "Train one model; returns the losses of every tenth step, AP at `evaluations` points of the run, seconds of training."
+    (train, images), (val, val_images) = (coco_split(root, o) for o in ('train', 'val'))
+    index, unseen = training_images(load_index(train, images)), load_index(val, val_images)
+    schedule = recipe_schedule(recipe, len(index))
+    model = build(kind, recipe, len(index.category_ids), recipe.seed).train()
+    optimizer = sgd(model, recipe.lr, recipe.momentum, recipe.weight_decay)
+    points = {round(schedule.steps * (i + 1) / evaluations) for i in range(evaluations)}
+    losses, ap, seconds = [], [], 0.
+    for step, batch in zip(range(schedule.steps), epochs(index, recipe)):
+        start = time.perf_counter()
+        for g in optimizer.param_groups: g['lr'] = schedule(step)
+        with torch.autocast('cpu', torch.bfloat16, enabled=recipe.precision == 'bf16'):
+            total = sum(model(batch, image_keys(recipe.seed, step, batch.image_ids)).values())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        seconds += time.perf_counter() - start
+        if step % 10 == 0: losses.append([step, total.item()])
+        if step + 1 in points:
+            loader = eval_loader(unseen, batch_size=8, short=recipe.short_sides[-1], long=recipe.long_side)
+            found = evaluate(model, unseen, loader)
+            ap.append(dict(step=step + 1, **{f'{k}_{m}': found[k][m] for k in ('bbox', 'segm') for m in ('AP', 'AP50')}))
+            print(f'{kind} seed {recipe.seed} step {step + 1}: {ap[-1]}, {seconds:.0f} s of training', flush=True)
+    return dict(kind=kind, seed=recipe.seed, losses=losses, ap=ap, seconds=seconds)
+
+
+def main():
+    "Run every model with every seed; print the means and write all curves."
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--epochs', type=int, help="of the demo recipe's schedule, shortened in proportion")
+    p.add_argument('--train', type=int, default=1000, help='images to learn from')
+    p.add_argument('--val', type=int, default=200, help='unseen images')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--evaluations', type=int, default=4, help='a run, the last at its end')
+    p.add_argument('--kinds', nargs='+', default=['scratchdet', 'torchvision'])
+    p.add_argument('--out', type=Path, help='json file to write')
+    args = p.parse_args()
+    recipe = recipes['demo']
+    if args.epochs:
+        milestones = tuple(round(o * args.epochs / recipe.epochs) for o in recipe.milestones)
+        recipe = replace(recipe, epochs=args.epochs, milestones=milestones)
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_toy(Path(folder) / 'toy', train=args.train, val=args.val)
+        runs = [learn(k, replace(recipe, seed=s), root, args.evaluations) for s in args.seeds for k in args.kinds]
+    last = {k: [r['ap'][-1] for r in runs if r['kind'] == k] for k in args.kinds}
+    summary = {k: {m: dict(mean=statistics.mean(v := [o[m] for o in rows]), low=min(v), high=max(v)) for m in rows[0] if m != 'step'}
+               for k, rows in last.items()}
+    print(json.dumps(summary, indent=1))
+    if args.out:
+        doc = dict(command='python benchmarks/learning.py', hardware=hardware(), recipe=vars(recipe), train=args.train, val=args.val,
+                   runs=runs, summary=summary)
+        tmp = args.out.with_suffix('.tmp')
+        tmp.write_text(json.dumps(doc))
+        os.replace(tmp, args.out)
+
+
+if __name__ == '__main__': main()
