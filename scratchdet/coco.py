@@ -336,7 +336,7 @@ def subset(
     positions, # (m,) positions in this view, int, or a bool mask (n,)
 )->CocoIndex: # view of those images, in that order
     "Choose images."
-    return replace(self, images=self.images[np.asarray(positions)])
+    return replace(self, images=self.images[positions if len(positions) else []])
 
 # %% ../nbs/10_coco.ipynb #884e439b
 @patch
