@@ -36,11 +36,10 @@ class ModelSettings:
 @dataclass(frozen=True)
 class DataSettings:
     "What the images look like when the detector sees them."
-    short_sides:tuple=(800,) # short side, px; two numbers: the lowest and highest of a random one
+    short_sides:tuple=(800,) # short side, px; of several one is drawn for each image
     long_side:int=1333 # longest side, px
     flip:float=.5 # share of images that are mirrored
     buckets:bool=True # pad to a few shapes per orientation; False pads to a multiple of 32
-    on_bad_image:str='stop' # an image that cannot be read: 'stop', or 'skip' it with a warning
 
 # %% ../nbs/62_recipes.ipynb #45cdd836
 @dataclass(frozen=True)
@@ -75,20 +74,18 @@ class RunSettings:
 # %% ../nbs/62_recipes.ipynb #75567e51
 def _wrong(r):
     "What is wrong with the recipe `r`, one sentence each."
-    positive = 'width channels fc groups rpn_batch roi_batch max_dets long_side batch_size lr keep checkpoint_every report_every'
-    for k in positive.split():
+    model = 'width channels fc groups rpn_batch roi_batch max_dets'
+    for k in f'{model} long_side batch_size lr keep checkpoint_every report_every'.split():
         if not getattr(r, k) > 0: yield f'{k}={getattr(r, k)} must be more than 0'
     for f in fields(r):
         if f.type is float and not isfinite(getattr(r, f.name)): yield f'{f.name} must be finite'
     if len(r.blocks) != 4 or min(r.blocks) < 1: yield f'blocks={r.blocks} must be four numbers, 1 or more'
     bad = [f'{k}={getattr(r, k)}' for k in ('width', 'channels') if r.groups > 0 and getattr(r, k) % r.groups]
     if bad: yield f'groups={r.groups} must divide {" and ".join(bad)}'
-    if len(r.short_sides) not in (1, 2) or sorted(r.short_sides) != list(r.short_sides):
-        yield f'short_sides={r.short_sides} must be one number, or a lowest and a highest'
+    if min(r.short_sides, default=0) < 1: yield f'short_sides={r.short_sides} must be numbers, 1 or more'
     if not 0 <= r.flip <= 1: yield f'flip={r.flip} must be from 0 to 1'
     if r.precision not in ('fp32', 'bf16'): yield f"precision='{r.precision}' must be fp32 or bf16"
-    if r.on_bad_image not in ('stop', 'skip'): yield f"on_bad_image='{r.on_bad_image}' must be stop or skip"
-    if (r.epochs > 0) == (r.iterations > 0): yield 'one of epochs and iterations must be more than 0, the other 0'
+    if (r.epochs > 0) == (r.iterations > 0): yield 'either epochs or iterations must be more than 0'
 
 # %% ../nbs/62_recipes.ipynb #91655bab
 @dataclass(frozen=True)
@@ -105,8 +102,10 @@ def detector_arguments(
 )->dict: # keyword arguments of `mask_rcnn` or `faster_rcnn`, all but the number of classes
     "The recipe's model as keyword arguments."
     values = {k: getattr(recipe, k) for k in 'blocks width channels fc groups score_thresh max_dets'.split()}
-    rpn = dict(batch_size_per_image=recipe.rpn_batch, pre_nms_topk=recipe.pre_nms_topk, post_nms_topk=recipe.post_nms_topk)
-    return dict(**values, batch_size_per_image=recipe.roi_batch, fixed_mask_rois=recipe.mask_rois or None, rpn=rpn)
+    rpn = dict(batch_size_per_image=recipe.rpn_batch, pre_nms_topk=recipe.pre_nms_topk,
+               post_nms_topk=recipe.post_nms_topk)
+    rois = dict(batch_size_per_image=recipe.roi_batch, fixed_mask_rois=recipe.mask_rois or None)
+    return dict(**values, **rois, rpn=rpn)
 
 # %% ../nbs/62_recipes.ipynb #acfea833
 def recipe_schedule(
@@ -123,8 +122,8 @@ def recipe_schedule(
 def _whole(text:str): return tuple(int(o) for o in text.strip('()[] ').split(',') if o.strip())
 def _flag(text:str): return {'true': True, 'false': False}[text.lower()]
 
-_readers = {bool: (_flag, 'true or false'), int: (int, 'a whole number'), float: (float, 'a number'), str: (str, 'a word'),
-            tuple: (_whole, 'whole numbers with commas between')}
+_readers = {bool: (_flag, 'true or false'), int: (int, 'a whole number'), float: (float, 'a number'),
+            str: (str, 'a word'), tuple: (_whole, 'whole numbers with commas between')}
 
 # %% ../nbs/62_recipes.ipynb #01545dcf
 def apply_settings(
@@ -137,11 +136,13 @@ def apply_settings(
         key, eq, value = text.partition('=')
         if not eq: raise ValueError(f"--set {text}: write key=value, like lr=0.02")
         if key not in types:
-            near = get_close_matches(key, types, n=3) or sorted(types)
-            raise ValueError(f'--set {text}: a recipe has no {key!r}; did you mean {" or ".join(near)}?')
+            near = get_close_matches(key, types, n=3, cutoff=.5)
+            hint = f'did you mean {" or ".join(near)}?' if near else f'it has {", ".join(types)}'
+            raise ValueError(f'--set {text}: a recipe has no {key!r}; {hint}')
         read, kind = _readers[types[key]]
         try: values[key] = read(value)
-        except (ValueError, KeyError): raise ValueError(f'--set {text}: {key} is {kind}, like {getattr(recipe, key)}') from None
+        except (ValueError, KeyError):
+            raise ValueError(f'--set {text}: {key} is {kind}, like {getattr(recipe, key)}') from None
     return replace(recipe, **values)
 
 # %% ../nbs/62_recipes.ipynb #3634dc66
@@ -173,7 +174,8 @@ def recipe_differences(
 )->list: # texts `key: stored value -> asked value`
     "The values that would change what a run learns."
     free = {o.name for o in fields(RunSettings)}
-    pairs = [(o.name, getattr(stored, o.name), getattr(asked, o.name)) for o in fields(Recipe) if o.name not in free]
+    names = [o.name for o in fields(Recipe) if o.name not in free]
+    pairs = [(k, getattr(stored, k), getattr(asked, k)) for k in names]
     return [f'{k}: {a} -> {b}' for k, a, b in pairs if a != b]
 
 # %% ../nbs/62_recipes.ipynb #8204de80
@@ -190,12 +192,13 @@ def times(
 _mask_6x = Recipe(name='mask_rcnn_r50_fpn_gn_scratch_6x')
 _faster_6x = replace(_mask_6x, name='faster_rcnn_r50_fpn_gn_scratch_6x', masks=False)
 _demo = replace(
-    _mask_6x, name='demo', blocks=(1, 1, 1, 1), channels=96, fc=256, groups=8, pre_nms_topk=(200, 200), post_nms_topk=(100, 100),
-    rpn_batch=64, roi_batch=32, short_sides=(128,), long_side=160, batch_size=8, lr=.02, allow_lr_mismatch=True, warmup=50,
-    epochs=10, milestones=(8, 9), images_per_process=8, workers=0, eval_every=5, checkpoint_every=250, report_every=10)
+    _mask_6x, name='demo', blocks=(1, 1, 1, 1), channels=96, fc=256, groups=8, pre_nms_topk=(200, 200),
+    post_nms_topk=(100, 100), rpn_batch=64, roi_batch=32, short_sides=(128,), long_side=160,
+    batch_size=8, lr=.02, allow_lr_mismatch=True, warmup=50, epochs=10, milestones=(8, 9),
+    images_per_process=8, workers=0, eval_every=5, checkpoint_every=250, report_every=10)
 _coco_mini = replace(
-    _demo, name='coco_mini', short_sides=(160,), long_side=256, batch_size=4, lr=.01, epochs=20, milestones=(16, 18),
-    images_per_process=4, eval_every=10, checkpoint_every=100)
+    _demo, name='coco_mini', short_sides=(160,), long_side=256, batch_size=4, lr=.01, epochs=20,
+    milestones=(16, 18), images_per_process=4, eval_every=10, checkpoint_every=100)
+_others = [times(o, k) for o in (_mask_6x, _faster_6x) for k in (1, 2, 3, 4, 5, 9)]
 
-recipes = {o.name: o for o in (_mask_6x, _faster_6x, *[times(o, k) for o in (_mask_6x, _faster_6x) for k in (1, 2, 3, 4, 5, 9)],
-                               _demo, _coco_mini)}
+recipes = {o.name: o for o in (_mask_6x, _faster_6x, *_others, _demo, _coco_mini)}

@@ -17,7 +17,8 @@ def epoch_steps(
     epochs:int=1, # number of epochs
 )->int: # number of steps
     "Steps of `epochs` epochs; the last batch of an epoch is completed, not dropped."
-    if images < 1 or batch_size < 1: raise ValueError(f'{images} images in batches of {batch_size}: both must be 1 or more')
+    if min(images, batch_size) < 1:
+        raise ValueError(f'{images} images in batches of {batch_size}: both must be 1 or more')
     return epochs * ceil(images / batch_size)
 
 # %% ../nbs/60_schedule.ipynb #d30f2ceb
@@ -40,8 +41,9 @@ def check_lr(
     "Refuse an lr that the linear rule does not give for this batch, unless it is asked for."
     fits = scaled_lr(batch_size)
     if allow or abs(lr - fits) <= .01 * fits: return
-    raise ValueError(f'lr={lr:g} does not fit batch_size={batch_size}: the linear rule ({BASE_LR} for {BASE_BATCH} images) gives '
-                     f'lr={fits:g}. Use --set lr={fits:g}, or --set allow_lr_mismatch=true if {lr:g} is meant')
+    raise ValueError(f'lr={lr:g} does not fit batch_size={batch_size}: the linear rule '
+                     f'({BASE_LR} for {BASE_BATCH} images) gives lr={fits:g}. '
+                     f'Use --set lr={fits:g}, or --set allow_lr_mismatch=true if {lr:g} is meant')
 
 # %% ../nbs/60_schedule.ipynb #7362d2a2
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def tail_schedule(
     **kwargs, # `gamma`, `warmup`, `warmup_factor` of `Schedule`
 )->Schedule: # the schedule in steps of `batch_size` images
     "A schedule stated in steps of 16 images, with the drops counted from its end (1811.08883, section 4.1)."
-    scale = lambda n: round(n * BASE_BATCH / batch_size)
+    def scale(n): return round(n * BASE_BATCH / batch_size)
     steps = scale(iterations)
     return Schedule(lr=lr, steps=steps, milestones=tuple(steps - scale(o) for o in tail), **kwargs)
 
@@ -97,8 +99,9 @@ def split_batch(
     "Split a batch over processes, and a process's share into parts that fit."
     if batch_size % processes:
         fit = [o for o in range(1, batch_size + 1) if batch_size % o == 0]
-        raise ValueError(f'batch_size={batch_size} cannot be shared by {processes} processes: start one of {fit} processes, '
-                         f'or --set batch_size={max(1, round(batch_size / processes)) * processes} with its lr')
+        near = max(1, round(batch_size / processes)) * processes
+        raise ValueError(f'batch_size={batch_size} cannot be shared by {processes} processes: '
+                         f'start one of {fit} processes, or --set batch_size={near} with its lr')
     share, most = batch_size // processes, max_per_process or batch_size
     parts = next(a for a in range(1, share + 1) if share % a == 0 and share // a <= most)
     return share // parts, parts
