@@ -12,62 +12,62 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/51_init.ipynb #3662ffd9
+# %% ../nbs/51_init.ipynb #21bf3e63
 def fans(
-    weight:Tensor, # (out, in, *kernel)
-)->tuple: # fan_in, fan_out: values that one output sums, outputs that one input reaches
+    weight:Tensor, # (out, in, *kernel); of a transposed convolution the first axis, as PyTorch counts
+)->tuple: # fan_in: products that one output sums; fan_out: outputs that one input reaches
     "How many connections meet at each end of a layer"
     kernel = weight[0, 0].numel()
     return weight.shape[1] * kernel, weight.shape[0] * kernel
 
-# %% ../nbs/51_init.ipynb #92b52bb2
+# %% ../nbs/51_init.ipynb #a1ab967a
 @torch.no_grad()
 def gaussian(
     weight:Tensor, # any shape, filled in place
     std:float, # standard deviation
     generator:torch.Generator=None, # source of randomness, on weight's device
 )->Tensor: # the weight
-    "Fill with draws from a normal distribution around 0"
+    "Normal around 0"
     return weight.normal_(0, std, generator=generator)
 
-# %% ../nbs/51_init.ipynb #21bf3e63
+# %% ../nbs/51_init.ipynb #a174e4e4
 def kaiming(
     weight:Tensor, # (out, in, *kernel), filled in place
     generator:torch.Generator=None, # source of randomness, on weight's device
 )->Tensor: # the weight
-    "Normal with variance 2 / fan_out: the gradient keeps its size through a ReLU (arXiv 1502.01852, Eq. 14)"
+    "Normal of variance 2 / fan_out (arXiv 1502.01852, Eq. 14)"
     return gaussian(weight, (2 / fans(weight)[1]) ** 0.5, generator)
 
-# %% ../nbs/51_init.ipynb #e87a61d5
+# %% ../nbs/51_init.ipynb #8c2edc25
 @torch.no_grad()
 def xavier(
     weight:Tensor, # (out, in, *kernel), filled in place
     generator:torch.Generator=None, # source of randomness, on weight's device
 )->Tensor: # the weight
-    "Uniform with variance 2 / (fan_in + fan_out): between both directions, no ReLU (Glorot & Bengio 2010, Eq. 16)"
-    bound = (6 / sum(fans(weight))) ** 0.5  # a uniform on [-b, b] has variance b²/3
+    "Uniform of variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010, Eq. 16)"
+    bound = (6 / sum(fans(weight))) ** 0.5
     return weight.uniform_(-bound, bound, generator=generator)
 
-# %% ../nbs/51_init.ipynb #a1ab967a
+# %% ../nbs/51_init.ipynb #65f7d847
 def fill_part(
-    part:nn.Module, # a layer or any tree of layers
-    draw:Callable, # fills one weight: draw(weight, generator=...)
-    generator:torch.Generator=None, # source of randomness
-)->list: # the parameters filled, in order
-    "Weights of 2 and more dimensions by `draw`; other weights (of norms) 1; biases 0"
+    part:nn.Module, # a layer, or a tree of layers
+    draw:Callable, # fills one weight in place: draw(weight, generator=generator)
+    generator:torch.Generator=None, # source of randomness, on part's device
+)->list: # the parameters that were filled, in order
+    "Weights of two and more axes by `draw`, scales of norms 1, biases 0"
     filled = []
     for module in part.modules():
         for name, p in module.named_parameters(recurse=False):
             if p.ndim > 1: draw(p, generator=generator)
-            else: nn.init.constant_(p, 1. if name == 'weight' else 0.)
+            else: nn.init.constant_(p, 1 if name == 'weight' else 0)
             filled.append(p)
     return filled
 
-# %% ../nbs/51_init.ipynb #1f43affd
+# %% ../nbs/51_init.ipynb #74575260
 def detector_fills(
     model:nn.Module, # the detector
-)->dict: # part's name -> function that draws a weight
-    "mmdetection's initialization of its from-scratch models (3.x: ResNet, ConvModule, FPN, RPNHead, Shared4Conv1FCBBoxHead, FCNMaskHead)"
+)->dict: # name of a part -> how its weights are drawn
+    "Initialization of the from-scratch models of mmdetection 3.x, part by part"
     fills = {
         'backbone': kaiming,
         'fpn': xavier,
@@ -77,18 +77,18 @@ def detector_fills(
         'box_head.cls': partial(gaussian, std=0.01),
         'box_head.deltas': partial(gaussian, std=0.001),
     }
-    return fills | ({'mask_head': kaiming} if model.mask_head is not None else {})
+    return fills if model.mask_head is None else fills | {'mask_head': kaiming}
 
-# %% ../nbs/51_init.ipynb #a174e4e4
+# %% ../nbs/51_init.ipynb #f91adcc5
 def init_detector(
     model:nn.Module, # the detector, filled in place
-    generator:torch.Generator=None, # source of randomness, on the model's device
+    generator:torch.Generator=None, # source of randomness, on model's device
 )->nn.Module: # the model
     "Fill every parameter exactly once"
     filled = []
     for part, draw in detector_fills(model).items():
         filled += fill_part(model.get_submodule(part), draw, generator)
     times = {name: sum(p is q for q in filled) for name, p in model.named_parameters()}
-    wrong = [f'{name} ({n} times)' for name, n in times.items() if n != 1]
-    if wrong: raise ValueError(f'not filled exactly once: {", ".join(wrong)}. Give each part one line in `detector_fills`.')
+    wrong = [f'{name} {n} times' for name, n in times.items() if n != 1]
+    if wrong: raise ValueError(f'filled {", ".join(wrong)}: name each part once in `detector_fills`')
     return model
