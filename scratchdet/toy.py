@@ -57,27 +57,27 @@ def _area(outline):
     x, y = outline.T
     return abs(x @ np.roll(y, -1) - np.roll(x, -1) @ y) / 2
 
-def _coverage(outline, height, width, fine=4):
+def _coverage(outline, height, width, fine=8):
     "How much of each pixel lies inside: (H, W) float32 in [0, 1]."
     cover = np.zeros((height, width), np.float32)
     x1, y1 = np.floor(outline.min(axis=0)).clip(0).astype(int)
     x2, y2 = np.ceil(outline.max(axis=0)).clip(0, (width, height)).astype(int)
     if x1 >= x2 or y1 >= y2: return cover
     canvas = Image.new('L', (int(x2 - x1) * fine, int(y2 - y1) * fine))
-    ImageDraw.Draw(canvas).polygon([tuple(o) for o in ((outline - (x1, y1)) * fine - .5).tolist()], fill=255)
+    ImageDraw.Draw(canvas).polygon([tuple(o) for o in ((outline - (x1, y1)) * fine).tolist()], fill=255)
     cover[y1:y2, x1:x2] = np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
     return cover
 
 # %% ../nbs/02_toy.ipynb #a3369a45
 def _random_size(rng, limit):
     "Px across, from 8 to 200, but at most `limit`."
-    lo, hi = ((8, 16), (16, 90), (90, 200))[rng.choice(3, p=(.05, .87, .08))]
+    lo, hi = ((8, 16), (16, 90), (90, 200))[rng.choice(3, p=(.04, .88, .08))]
     hi = min(hi, limit)
     return np.exp(rng.uniform(np.log(min(lo, .7 * hi)), np.log(hi)))
 
 def _random_outline(rng, kind, size, height, width):
-    "An outline, stretched, tilted by up to 30 degrees, with its centre in the image: (V, 2) x, y."
-    aspect, angle = np.exp(rng.uniform(-.25, .25)), rng.uniform(-np.pi / 6, np.pi / 6)
+    "An outline, stretched, tilted by up to 20 degrees, with its centre in the image: (V, 2) x, y."
+    aspect, angle = np.exp(rng.uniform(-.25, .25)), rng.uniform(-np.pi / 9, np.pi / 9)
     c, s, margin = np.cos(angle), np.sin(angle), .4 * size
     centre = [rng.uniform(min(margin, o / 2), max(o - margin, o / 2)) for o in (width, height)]
     return _outlines[kind] * size * (aspect, 1 / aspect) @ np.array([[c, s], [-s, c]]) + centre
@@ -88,7 +88,7 @@ def _paint(rng, image, outline, colour):
     h, w = image.shape[:2]
     cover, centre = _coverage(outline, h, w), outline.mean(axis=0)
     shrunk = centre + (outline - centre) * (1 - 3 / max(np.ptp(outline, axis=0).max(), 6))
-    rgb = (np.array(_colours[colour]) + rng.normal(0, 10, 3)) * rng.uniform(.8, 1.2)
+    rgb = (np.array(_colours[colour]) + rng.normal(0, 8, 3)) * rng.uniform(.85, 1.15)
     image += cover[..., None] * (rgb * (.6 + .4 * _coverage(shrunk, h, w)[..., None]) - image)
     return cover
 
@@ -108,10 +108,10 @@ def _background(rng, height, width):
 
 # %% ../nbs/02_toy.ipynb #78a2eada
 def _distractors(rng, image):
-    "Draws up to three shapes whose pair of colour and shape is no category, in place."
+    "Draws up to two shapes whose pair of colour and shape is no category, in place."
     h, w = image.shape[:2]
     pairs = [(c, k) for c in _colours for k in _outlines if f'{c} {k}' not in toy_names]
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         colour, kind = pairs[rng.integers(len(pairs))]
         _paint(rng, image, _random_outline(rng, kind, rng.uniform(14, .5 * min(h, w)), h, w), colour)
 
