@@ -71,7 +71,7 @@ def draw(
         if boxes is None: continue
         x1, y1, x2, y2 = torch.as_tensor(boxes[i]).tolist()
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[kind], lw=1.5))
-        if text: ax.text(x1, y1, text, fontsize=7, va='bottom', clip_on=True,
+        if text: ax.text(x1, y1, text, fontsize=7, va='bottom' if y1 > 8 else 'top', clip_on=True,
                          bbox=dict(facecolor=colours[kind], pad=.5, lw=0))
     return ax
 
