@@ -13,36 +13,38 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .norm import GroupNorm
 
-# %% ../nbs/61_optim.ipynb #def2626d
+# %% ../nbs/61_optim.ipynb #8abbee10
 def parameter_groups(
     model:nn.Module, # whose parameters are trained
-    weight_decay:float, # of everything but the norms, per step and unit of learning rate
-)->list: # two groups of `torch.optim`: with and without decay
-    "Scales and shifts of norms do not decay, all else does (detectron2 WEIGHT_DECAY_NORM 0, mmdetection norm_decay_mult 0)"
-    norms = {id(p) for m in model.modules() if isinstance(m, (GroupNorm, nn.GroupNorm, _BatchNorm)) for p in m.parameters()}
-    params = list(model.parameters())
-    return [dict(params=[p for p in params if id(p) not in norms], weight_decay=weight_decay),
-            dict(params=[p for p in params if id(p) in norms], weight_decay=0.)]
+    weight_decay:float, # lambda of everything but the norms
+)->list: # two groups for `torch.optim`: what decays, what does not
+    "No decay for norms (detectron2: WEIGHT_DECAY_NORM 0; mmdetection: norm_decay_mult 0), all else decays"
+    kinds = GroupNorm, nn.GroupNorm, _BatchNorm
+    norms = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
+    groups = [p for p in model.parameters() if p not in norms], [p for p in model.parameters() if p in norms]
+    return [dict(params=params, weight_decay=decay) for params, decay in zip(groups, (weight_decay, 0.))]
 
-# %% ../nbs/61_optim.ipynb #09eec2d1
+# %% ../nbs/61_optim.ipynb #4a956223
 def sgd(
     model:nn.Module, # whose parameters are trained
-    lr:float, # learning rate
-    momentum:float=0.9, # share of the last step that is taken again
-    weight_decay:float=1e-4, # of everything but the norms
-)->torch.optim.SGD: # steps after `backward`
-    "SGD as every reference recipe has it"
-    return torch.optim.SGD(parameter_groups(model, weight_decay), lr, momentum)
+    lr:float, # eta, the learning rate
+    momentum:float=0.9, # mu, what is kept of the velocity
+    weight_decay:float=1e-4, # lambda of everything but the norms
+)->torch.optim.SGD: # over `parameter_groups`
+    "The optimizer of every recipe"
+    return torch.optim.SGD(parameter_groups(model, weight_decay), lr, momentum, fused=True)
 
-# %% ../nbs/61_optim.ipynb #208d3d45
+# %% ../nbs/61_optim.ipynb #5a06c6a8
 def check_trainable(
     model:nn.Module, # in training mode, about to be trained from random weights
-)->None: # raises ValueError where something stays as it was drawn
-    "Refuse frozen parameters and frozen BatchNorm: over random weights they cost accuracy for good"
+)->None: # raises a ValueError that names what would not train
+    "Refuse frozen parameters and BatchNorm with frozen statistics"
+    named = lambda names: ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if frozen: raise ValueError(f'{len(frozen)} parameters are frozen at random values: {", ".join(frozen[:5])}, ... '
-                                'Call `.requires_grad_(True)` on them, or load trained weights.')
+    if frozen:
+        raise ValueError(f'{named(frozen)}: frozen at random values. Set requires_grad_(True) to train all.')
     norms = [name for name, m in model.named_modules()
-             if isinstance(m, FrozenBatchNorm2d) or (isinstance(m, _BatchNorm) and not m.training)]
-    if norms: raise ValueError(f'{len(norms)} BatchNorms use statistics that nothing measured: {", ".join(norms[:5])}, ... '
-                               'Use GroupNorm, or `.train()` them.')
+             if isinstance(m, FrozenBatchNorm2d) or isinstance(m, _BatchNorm) and not m.training]
+    if norms:
+        raise ValueError(f'{named(norms)}: BatchNorm with statistics that nothing measured. '
+                         'Use GroupNorm, or call model.train().')
