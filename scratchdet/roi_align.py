@@ -26,7 +26,7 @@ def roi_levels(
     finest:int=56, # px; P2 takes squares up to twice this side
 )->Tensor: # (...) int64, 0 for P2 to levels - 1
     "The level that each box is read from (FPN, eq. 1; mmdetection's single_level_roi_extractor.py)."
-    scale = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).sqrt()
+    scale = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).clamp(min=0).sqrt()
     return (scale / finest + 1e-6).log2().floor().clamp(0, levels - 1).long()
 
 # %% ../nbs/40_roi_align.ipynb #6360558e
