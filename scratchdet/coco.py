@@ -125,10 +125,12 @@ def _polygons(path, ids, segmentations):
     lists = [o if type(o) is list else [] for o in segmentations]
     for i in (i for i, o in enumerate(lists) if not all(type(ring) is list for ring in o)):
         raise _wrong(path, f'annotation {ids[i]} has a `segmentation` that is no list of lists of numbers')
-    lists = [[ring for ring in o if len(ring) >= 6 and len(ring) % 2 == 0] for o in lists]
-    counts = np.fromiter(map(len, lists), np.int64, len(lists))
-    rings = list(chain.from_iterable(lists))
-    xy, lengths = _numbers(path, np.repeat(ids, counts), 'segmentation', rings)
+    def flat(usable):
+        kept = [[ring for ring in o if (len(ring) >= 6 and len(ring) % 2 == 0) == usable] for o in lists]
+        counts = np.fromiter(map(len, kept), np.int64, len(kept))
+        return counts, *_numbers(path, np.repeat(ids, counts), 'segmentation', list(chain.from_iterable(kept)))
+    flat(False)  # what is left out must be numbers, too
+    counts, xy, lengths = flat(True)
     cents = np.rint(xy * 100)
     if (cents / 100 == xy).all() and np.abs(cents).max(initial=0) < 2**31: xy = cents.astype(np.int32)
     return dict(coords=xy, coord_first=_offsets(lengths), ring_first=_offsets(counts))

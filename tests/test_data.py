@@ -1,0 +1,249 @@
+"The data modules: caches under faults and concurrency, plans of epochs by sweep, workers, and pycocotools as oracle."
+import io
+import json
+import multiprocessing
+import os
+import pickle
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from scratchdet.coco import coco_split, load_index, training_images
+from scratchdet.loader import Batch, bucket_edges, collate, eval_loader, plan_epoch, train_loader
+from scratchdet.masks import network_mask, polygons_to_mask, resize_mask, rle_counts, to_rle
+from scratchdet.toy import make_toy
+from scratchdet.transforms import resized_size
+
+coco_mini = Path(os.environ.get('SCRATCHDET_COCO', Path(__file__).parents[2] / 'shared/coco-mini'))
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    return make_toy(tmp_path_factory.mktemp('toy') / 'toy', train=24, val=6)
+
+
+def splits(toy):
+    "The toy set's train split, and coco-mini's two where it is."
+    yield coco_split(toy, 'train')
+    if coco_mini.is_dir(): yield from (coco_split(coco_mini, split) for split in ('train', 'val'))
+
+
+def test_every_annotation_equals_pycocotools(toy, tmp_path):
+    "Boxes, areas, categories and every mask, against COCO's own reader."
+    for paths in splits(toy):
+        index, seen = load_index(*paths, cache=tmp_path), 0
+        with redirect_stdout(io.StringIO()): coco = COCO(str(paths[0]))
+        assert index.category_ids.tolist() == sorted(coco.getCatIds())
+        for i, image_id in enumerate(index.image_ids.tolist()):
+            target, anns = index.target(i, every=True), coco.loadAnns(coco.getAnnIds(imgIds=[image_id]))
+            assert index.arrays['annotation_ids'][target['rows']].tolist() == [o['id'] for o in anns]
+            assert target['area'].tolist() == [o['area'] for o in anns]
+            for mask, ann in zip(index.bitmaps(i, target['rows']), anns):
+                np.testing.assert_array_equal(mask, coco.annToMask(ann))
+                seen += 1
+        assert seen > 40
+
+
+def test_network_masks_equal_the_long_way(toy, tmp_path):
+    "Packed masks at 800 px, mirrored or not, against resizing every bitmap."
+    seen = 0
+    for paths in splits(toy):
+        index = load_index(*paths, cache=tmp_path)
+        for i in range(4):
+            h, w = index.sizes[i].tolist()
+            size = resized_size(h, w)
+            for mask, rle in zip(index.bitmaps(i), index.rles(i)):
+                slow = resize_mask(mask, *size)
+                flip = bool(seen % 2)
+                want = np.packbits(slow[:, ::-1] if flip else slow, axis=1)
+                np.testing.assert_array_equal(network_mask(rle, *size, flip), want)
+                seen += 1
+    assert seen > 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.booleans(), st.integers(0, 99))
+def test_network_mask_sweep(h, w, height, width, flip, seed):
+    mask = (np.random.default_rng(seed).random((h, w)) < (seed % 10) / 9).astype(np.uint8)
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    assert rle_counts(rle['counts']).sum() == h * w
+    slow = resize_mask(mask, height, width)
+    np.testing.assert_array_equal(network_mask(rle, height, width, flip),
+                                  np.packbits(slow[:, ::-1] if flip else slow, axis=1))
+
+
+def test_run_lengths_in_every_form():
+    mask = (np.random.default_rng(0).random((13, 17)) > .5).astype(np.uint8)
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    counts = rle_counts(rle['counts'])
+    for field in (rle, dict(rle, counts=rle['counts'].decode()), dict(rle, counts=counts.tolist())):
+        np.testing.assert_array_equal(polygons_to_mask(field, 13, 17), mask)
+        assert to_rle(field, 13, 17)['counts'] == rle['counts']
+
+
+def test_cache_goes_where_told(toy, tmp_path, monkeypatch):
+    "Argument, then variable, then beside the json, then the user's folder when the json's is read-only."
+    paths = coco_split(toy, 'val')
+    monkeypatch.delenv('SCRATCHDET_CACHE', raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    assert load_index(*paths).cache.parent == paths[0].parent / '.scratchdet'
+    paths[0].parent.chmod(0o555)
+    try: assert load_index(*paths).cache.parent == tmp_path / 'home/.cache/scratchdet'
+    finally: paths[0].parent.chmod(0o755)
+    monkeypatch.setenv('SCRATCHDET_CACHE', str(tmp_path / 'variable'))
+    assert load_index(*paths).cache.parent == tmp_path / 'variable'
+    assert load_index(*paths, cache=tmp_path / 'told').cache.parent == tmp_path / 'told'
+
+
+def test_cache_is_reused_and_never_stale(toy, tmp_path):
+    json_path, image_dir = coco_split(toy, 'val')
+    doc = json.loads(json_path.read_text())
+    own = tmp_path / 'own.json'
+    own.write_text(json.dumps(doc))
+    first = load_index(own, image_dir, cache=tmp_path / 'c')
+    made = first.cache.stat().st_mtime_ns
+    assert load_index(own, image_dir, cache=tmp_path / 'c').cache.stat().st_mtime_ns == made
+    before, stat = first.arrays['boxes'].copy(), own.stat()
+    row = next(i for i, o in enumerate(doc['annotations']) if not o['iscrowd'])
+    doc['annotations'][row]['bbox'][0] = 9 - doc['annotations'][row]['bbox'][0] % 1
+    text = json.dumps(doc)
+    own.write_text(text)
+    os.utime(own, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # not even the time tells
+    second = load_index(own, image_dir, cache=tmp_path / 'c')
+    assert second.cache != first.cache and not np.array_equal(second.arrays['boxes'], before)
+    np.testing.assert_array_equal(first.arrays['boxes'], before)  # who still maps the old file keeps it
+
+
+@pytest.mark.parametrize('damage', [lambda o: o[:1000], lambda o: b'', lambda o: b'garbage' * 99, lambda o: o[:-1]])
+def test_damaged_cache_is_rebuilt(toy, tmp_path, damage):
+    index = load_index(*coco_split(toy, 'val'), cache=tmp_path)
+    index.cache.write_bytes(damage(index.cache.read_bytes()))
+    again = load_index(*coco_split(toy, 'val'), cache=tmp_path)
+    assert again.names and len(again) == 6 and not list(tmp_path.glob('*.part'))
+
+
+def _build(arguments):
+    return load_index(*arguments[:2], cache=arguments[2]).arrays['boxes'].sum().item()
+
+
+def test_processes_build_at_once(toy, tmp_path):
+    with multiprocessing.get_context('fork').Pool(3) as pool:
+        sums = pool.map(_build, [(*coco_split(toy, 'train'), tmp_path)] * 6)
+    assert len(set(sums)) == 1 and [o.suffix for o in tmp_path.iterdir()] == ['.safetensors']
+
+
+def test_index_in_another_process(toy, tmp_path):
+    "Pickling sends names of files and the chosen rows, not arrays."
+    index = load_index(*coco_split(toy, 'train'), cache=tmp_path).subset([5, 3])
+    sent = pickle.dumps(index)
+    assert len(sent) < 1000
+    copy = pickle.loads(sent)
+    assert copy.image_ids.tolist() == index.image_ids.tolist() and copy.path(1) == index.path(1)
+
+
+def test_odd_file_names(tmp_path):
+    "Folders below the image folder, and letters beyond ASCII of several lengths."
+    names = ['a/b.png', 'ünï.png', 'with space.png', 'x' * 60 + '.png', '日本.png', 'a..b.png']
+    doc = dict(images=[dict(id=i, file_name=o, height=4, width=4) for i, o in enumerate(names)],
+               categories=[dict(id=1, name='ü')], annotations=[])
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+    (tmp_path / 'a.json').write_text(json.dumps(doc, ensure_ascii=False))
+    index = load_index(tmp_path / 'a.json', tmp_path, cache=tmp_path / 'cache')
+    assert [str(index.path(i).relative_to(tmp_path)) for i in range(6)] == names and index.names == ('ü',)
+
+
+def test_order_of_categories_does_not_matter(toy, tmp_path):
+    "Labels follow the ids, so that train and val agree."
+    json_path, image_dir = coco_split(toy, 'val')
+    doc = json.loads(json_path.read_text())
+    doc['categories'].reverse()
+    (tmp_path / 'a.json').write_text(json.dumps(doc))
+    a, b = load_index(json_path, image_dir, cache=tmp_path), load_index(tmp_path / 'a.json', image_dir, cache=tmp_path)
+    assert a.names == b.names
+    np.testing.assert_array_equal(a.arrays['labels'], b.arrays['labels'])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(20, 700), st.integers(20, 700)), min_size=1, max_size=70), st.integers(1, 17),
+       st.integers(0, 5), st.booleans(), st.sampled_from([(800,), (640, 672, 800), (64,)]))
+def test_plan_sweep(sizes, batch_size, epoch, buckets, shorts):
+    "ceil(n/B) batches of B, every image, one orientation but for one batch, shapes that hold and are multiples of 32."
+    plan = plan_epoch(np.array(sizes), batch_size, 1, epoch, shorts, 1333, buckets=buckets)
+    assert len(plan) == -(-len(sizes) // batch_size)
+    images = np.concatenate([o.images for o in plan])
+    assert set(images.tolist()) == set(range(len(sizes))) and len(images) == len(plan) * batch_size
+    mixed = 0
+    for o in plan:
+        tall = o.sizes[:, 0] > o.sizes[:, 1]
+        mixed += 0 < tall.sum() < len(tall)
+        assert (o.sizes <= o.shape).all() and o.shape[0] % 32 == o.shape[1] % 32 == 0
+        for i, size in zip(o.images, o.sizes): assert any(tuple(size) == resized_size(*sizes[i], s, 1333) for s in shorts)
+    assert mixed <= 1
+
+
+def test_padding_is_tight():
+    "On COCO's usual sizes buckets pad under 5 %, and only ever a few shapes."
+    common = [(480, 640), (640, 480), (427, 640), (640, 427), (375, 500), (500, 375), (612, 612), (360, 640)]
+    sizes = np.array(common)[np.random.default_rng(0).integers(0, 8, 4000)]
+    plan = plan_epoch(sizes, 16)
+    content, area = sum(o.sizes.prod(1).sum() for o in plan), sum(16 * np.prod(o.shape) for o in plan)
+    assert area / content < 1.05
+    assert len({o.shape for o in plan}) <= 2 * len(bucket_edges())
+
+
+def test_workers_and_processes_change_nothing(toy, tmp_path):
+    "Every tensor of every batch, for one process, workers, and shares of several processes."
+    index = training_images(load_index(*coco_split(toy, 'train'), cache=tmp_path))
+    how = dict(batch_size=4, seed=3, epoch=2, short_sides=(64, 96), long_side=120)
+    whole, workers = list(train_loader(index, **how)), list(train_loader(index, **how, workers=2))
+    assert len(whole) == len(workers) == -(-len(index) // 4)
+    for a, b in zip(whole, workers):
+        for name, value in vars(a).items(): assert torch.equal(value, getattr(b, name)), name
+    shares = [list(train_loader(index, **how, process=p, processes=2, accumulation=2)) for p in range(2)]
+    for k, a in enumerate(whole):
+        parts = [shares[p][2 * k + j] for j in range(2) for p in range(2)]
+        for name in ('images', 'sizes', 'image_ids'):
+            assert torch.equal(getattr(a, name), torch.cat([getattr(o, name) for o in parts]))
+        assert a.valid.sum() == sum(o.valid.sum() for o in parts)
+        m = max(o.boxes.shape[1] for o in parts)
+        assert m == a.boxes.shape[1]
+
+
+def test_resuming_in_the_middle(toy, tmp_path):
+    index = training_images(load_index(*coco_split(toy, 'train'), cache=tmp_path))
+    how = dict(batch_size=4, seed=3, short_sides=(64,), long_side=120)
+    ids = lambda **more: [o.image_ids.tolist() for o in train_loader(index, **how, **more)]
+    for start in range(len(ids()) + 1): assert ids(start=start) == ids()[start:]
+
+
+def test_eval_sees_every_image_once(toy, tmp_path):
+    index = load_index(*coco_split(toy, 'train'), cache=tmp_path)
+    for processes in (1, 2, 3):
+        seen = []
+        for p in range(processes):
+            for batch, originals in eval_loader(index, batch_size=5, process=p, processes=processes, short=64, long=100, workers=p):
+                seen += batch.image_ids.tolist()
+                assert originals.shape == (len(batch), 2) and originals.dtype == torch.int64
+        assert sorted(seen) == sorted(index.image_ids.tolist())
+
+
+def test_types_of_a_batch():
+    "Dtypes and layouts that the detector relies on."
+    image = torch.randint(0, 255, (3, 50, 70), dtype=torch.uint8)
+    one = (image, torch.tensor([[1., 2, 30, 40]]), torch.tensor([3]), torch.ones(1, 50, 70, dtype=torch.bool), 7)
+    none = (image[:, :20], torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 20, 70, dtype=torch.bool), 8)
+    batch = collate([one, none])
+    kinds = {k: (tuple(v.shape), v.dtype) for k, v in vars(batch).items()}
+    assert kinds == dict(images=((2, 3, 64, 96), torch.uint8), sizes=((2, 2), torch.int64), image_ids=((2,), torch.int64),
+                         boxes=((2, 1, 4), torch.float32), labels=((2, 1), torch.int64), valid=((2, 1), torch.bool),
+                         masks=((2, 1, 64, 12), torch.uint8))
+    assert batch.images.is_contiguous(memory_format=torch.channels_last) and isinstance(batch.to('cpu'), Batch)
+    assert collate([none]).valid.tolist() == [[False]]
