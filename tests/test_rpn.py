@@ -134,3 +134,146 @@ def test_reference_proposals(stored, key, training):
             near = (rows[:, None] - want).abs().amax(-1) < 1e-5 * float(s.sizes.max())  # (ours, theirs)
             assert near.any(0).all() and near.any(1).all(), (s.name, i)
             assert (near.diagonal().float().mean() > .99), 'the order'
+
+
+# --- sizes, empty images, precision, capture --------------------------------------------------------------------------
+
+SHAPES = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+
+
+def small(shapes=SHAPES, n=2, channels=16, seed=0, **options):
+    "An RPN, what it says of random features, and objects: two in the first image, none in the others."
+    generator = torch.Generator().manual_seed(seed)
+    rpn = RPN(RPNHead(channels), Anchors(), **options)
+    features = [torch.randn(n, channels, h, w, generator=generator) for h, w in shapes]
+    boxes = torch.tensor([[4., 4, 40, 44], [50, 10, 90, 60]]).repeat(n, 1, 1)
+    valid = torch.zeros(n, 2, dtype=torch.bool)
+    valid[0] = True
+    h, w = (4 * x for x in shapes[0])
+    sizes = torch.tensor([[h, w]] * n)
+    return rpn, features, (sizes, boxes, valid, image_keys(0, 0, torch.arange(n)))
+
+
+def step(rpn, features, objects):
+    "Loss and proposals of one training step."
+    out = rpn(features)
+    sums, count = rpn.losses(out, *objects)
+    return sum(sums.values()) / count, rpn.proposals(out, objects[0], True)
+
+
+@pytest.mark.parametrize('shapes', [[(2, 2), (1, 1), (1, 1), (1, 1), (1, 1)], [(1, 3)] * 5, SHAPES])
+def test_maps_of_any_size(shapes):
+    "Fewer anchors than the limits of the sample and of the proposals, down to a handful."
+    rpn, features, objects = small(shapes)
+    loss, found = step(rpn, features, objects)
+    loss.backward()
+    total = 3 * sum(h * w for h, w in shapes)
+    assert found.boxes.shape == (2, min(1000, total), 4) and loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in rpn.parameters())
+
+
+@pytest.mark.parametrize('n', [1, 3])
+@pytest.mark.parametrize('m', [1, 4])
+def test_only_empty_images(n, m):
+    "Losses and gradients are finite, the deltas learn nothing, objectness does."
+    rpn, features, (sizes, _, _, keys) = small(n=n)
+    loss, found = step(rpn, features, (sizes, torch.zeros(n, m, 4), torch.zeros(n, m, dtype=torch.bool), keys))
+    loss.backward()
+    assert loss.isfinite() and found.boxes.isfinite().all() and found.valid.any(1).all()
+    assert (rpn.head.deltas.weight.grad == 0).all() and (rpn.head.objectness.weight.grad != 0).any()
+    assert all(p.grad.isfinite().all() for p in rpn.parameters())
+
+
+def test_sums_of_a_batch_are_sums_of_its_images():
+    "With the sampler on: what an image draws does not depend on its batch."
+    rpn, features, objects = small(n=3)
+    out = rpn(features)
+    sums, count = rpn.losses(out, *objects)
+    alone = [rpn.losses(out._replace(logits=out.logits[i:i+1], deltas=out.deltas[i:i+1]), *(x[i:i+1] for x in objects))
+             for i in range(3)]
+    assert count == sum(c for _, c in alone)
+    for k, v in sums.items(): assert_close(v, sum(s[k] for s, _ in alone))
+
+
+def test_proposals_of_a_batch_are_those_of_its_images():
+    rpn, features, (sizes, *_) = small(n=3)
+    sizes[1] = torch.tensor([40, 50])
+    out = rpn(features)
+    together = rpn.proposals(out, sizes, False)
+    for i in range(3):
+        alone = rpn.proposals(out._replace(logits=out.logits[i:i+1], deltas=out.deltas[i:i+1]), sizes[i:i+1], False)
+        for a, b in zip(together, alone, strict=True): assert torch.equal(a[i:i+1], b)
+    assert together.boxes[1, :, 0].max() <= 50 and together.boxes[1, :, 1].max() <= 40
+
+
+def test_losses_are_float32_under_autocast():
+    "The head answers in bfloat16; losses, boxes and scores are float32, and near those of float32 answers."
+    rpn, features, objects = small()
+    with torch.autocast('cpu', torch.bfloat16):
+        out = rpn(features)
+        sums, count = rpn.losses(out, *objects)
+        found = rpn.proposals(out, objects[0], True)
+    assert out.logits.dtype == out.deltas.dtype == torch.bfloat16
+    exact, same = rpn.losses(out._replace(logits=out.logits.float(), deltas=out.deltas.float()), *objects)
+    assert count == same
+    for k, v in sums.items():
+        assert v.dtype == torch.float32
+        assert_close(v, exact[k], rtol=1e-6, atol=1e-6)
+    assert found.boxes.dtype == found.scores.dtype == torch.float32
+    sum(sums.values()).backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in rpn.parameters())
+
+
+@pytest.mark.parametrize('empty', [False, True])
+def test_the_training_step_is_one_graph(empty):
+    "Head, losses and proposals are captured whole; loss, gradients and proposals equal those of eager mode."
+    rpn, features, (sizes, boxes, valid, keys) = small()
+    objects = sizes, boxes, valid & (not empty), keys
+    results = []
+    for f in step, torch.compile(step, fullgraph=True, backend='eager'):
+        rpn.zero_grad()
+        loss, found = f(rpn, features, objects)
+        loss.backward()
+        results.append([loss, *found, *(p.grad.clone() for p in rpn.parameters())])
+    for a, b in zip(*results, strict=True): assert_close(a, b)
+
+
+@pytest.mark.parametrize('logit', [80., -80., 0.])
+def test_scores_that_saturate(logit):
+    "Equal scores, far beyond where a sigmoid still differs, give a finite loss and as many proposals as ever."
+    rpn, features, objects = small()
+    out = rpn(features)
+    out = out._replace(logits=torch.full_like(out.logits, logit))
+    sums, _ = rpn.losses(out, *objects)
+    assert all(v.isfinite() for v in sums.values())
+    found = rpn.proposals(out, objects[0], False)
+    assert found.valid.any(1).all() and found.scores.isfinite().all()
+
+
+def test_ranking_survives_saturation():
+    "Logits of 30 and 40 have the same float32 score; the better one still comes first."
+    rpn, features, objects = small()
+    out = rpn(features)
+    logits = torch.full_like(out.logits, -5.)
+    logits[:, 100], logits[:, 700] = 30., 40.
+    found = rpn.proposals(out._replace(logits=logits, deltas=torch.zeros_like(out.deltas)), objects[0], False)
+    assert torch.equal(found.scores[:, 0], found.scores[:, 1])
+    assert found.boxes[0, 0].tolist() == out.anchors[700].clamp(min=0).tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_gpu_gives_the_same():
+    "The same anchors are drawn and the same boxes are proposed; losses agree to rounding."
+    rpn, features, objects = small()
+    out = rpn(features)
+    sums, count = rpn.losses(out, *objects)
+    found = rpn.proposals(out, objects[0], True)
+    theirs = RPNOutput(*(x.cuda() for x in out[:3]), *out[3:])
+    on_gpu = [x.cuda() for x in objects]
+    rpn.cuda()
+    sums2, count2 = rpn.losses(theirs, *on_gpu)
+    found2 = rpn.proposals(theirs, on_gpu[0], True)
+    assert count == count2.cpu() and torch.equal(found.valid, found2.valid.cpu())
+    for k, v in sums.items(): assert_close(v, sums2[k].cpu())
+    assert_close(found.boxes, found2.boxes.cpu(), rtol=1e-4, atol=1e-3)
+    for a, b in zip(Anchors()(SHAPES), rpn.anchors(SHAPES), strict=True): assert torch.equal(a, b.cpu())
