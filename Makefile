@@ -3,6 +3,7 @@
 #   make test    notebooks in sync and executed, tests, documentation: what CI runs
 #   make docs    the site, in _docs/
 #   make slow    the tests that take minutes
+#   make install only the environment
 #   make help    all targets
 # make VENV=/somewhere/else PYTHON=python3.12 test   uses another environment and interpreter
 
@@ -36,9 +37,9 @@ $(STAMP): settings.ini setup.py
 install: $(STAMP)
 
 demo: $(STAMP)
-	python -m scratchdet.toy --out $(DEMO)/toy --train 1000 --val 200 --size 128 160 --seed 0
-	accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		-m scratchdet.train --recipe demo --coco $(DEMO)/toy --out $(DEMO)/run
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} bash recipes/demo.sh $(DEMO)
+	python -m scratchdet.predict --weights $(DEMO)/run/model.safetensors --coco $(DEMO)/toy --out $(DEMO)/pictures --cpu
+	@echo 'curves and more pictures: $(DEMO)/run; the same command goes on where it was stopped'
 
 test: $(STAMP)
 	$(MAKE) --no-print-directory sync

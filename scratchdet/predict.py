@@ -103,12 +103,13 @@ def compare(
     index:CocoIndex, # images and objects
     i:int, # position in `index`
     det:dict, # what `predict` gives for the image
+    score:float=.5, # detections that score less are not drawn
 )->plt.Figure: # two pictures
     "The objects of an image beside what was found."
     target = index.target(i)
     if 'masks' in det: target['masks'] = torch.from_numpy(index.bitmaps(i)).bool()
     image, name = read_image(index.path(i)), index.path(i).name
-    return side_by_side(image, target, det, names=index.names, title=name, score_thresh=0.)
+    return side_by_side(image, target, det, names=index.names, title=name, score_thresh=score)
 
 # %% ../nbs/65_predict.ipynb #1f242e25
 def categories(
@@ -169,7 +170,7 @@ def _predict_split(args, model, scale):
     some = range(min(args.count, len(index)))
     paths = picture_paths([index.path(i) for i in some], args.out)
     for i, path in zip(tqdm(some, disable=args.quiet), paths):
-        fig = compare(index, i, *predict(model, [read_image(index.path(i))], **scale))
+        fig = compare(index, i, *predict(model, [read_image(index.path(i))], **scale), args.score)
         fig.savefig(path, dpi=100)
         plt.close(fig)
     return paths

@@ -1,0 +1,114 @@
+"What is installed: every module is in the wheel, the commands answer at once, the front page and the tools do what they say."
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+from pages import pages, root
+
+commands = 'toy', 'train', 'evaluate', 'predict', 'checkpoints'
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "The wheel of this tree, built without the network, from a copy."
+    out = tmp_path_factory.mktemp('wheel')
+    copy = out/'copy'
+    shutil.copytree(root/'scratchdet', copy/'scratchdet', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('settings.ini', 'setup.py', 'README.md', 'LICENSE'): shutil.copy(root/name, copy)
+    command = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--quiet', '--wheel-dir', out, copy]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, = out.glob('scratchdet-*.whl')
+    return found
+
+
+def test_the_wheel_holds_every_module(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert len(pages) >= 22 and {f'scratchdet/{o.module}.py' for o in pages} <= names
+    assert 'scratchdet/__init__.py' in names and 'scratchdet/_modidx.py' in names
+
+
+def test_the_wheel_works(wheel, tmp_path):
+    "Unpacked elsewhere, all modules import from there, and the toy set is drawn."
+    command = [sys.executable, '-m', 'pip', 'install', '--no-deps', '--quiet', '--target', tmp_path/'there', wheel]
+    subprocess.run(list(map(str, command)), check=True)
+    names = ', '.join(f'scratchdet.{o.module}' for o in pages)
+    code = f'import scratchdet, {names}; from scratchdet.toy import make_toy; make_toy("toy", 2, 1); print(scratchdet.__file__)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, 'PYTHONPATH': str(tmp_path/'there')})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path/'there/scratchdet/__init__.py')
+    assert len(list((tmp_path/'toy').rglob('*.jpg'))) == 3
+
+
+@pytest.mark.parametrize('option, code', [('--help', 0), ('--no-such-option', 2)])
+@pytest.mark.parametrize('name', commands)
+def test_commands_answer_at_once(name, option, code):
+    "In processor time, so that a busy machine does not matter; importing torch alone takes about as long."
+    before = os.times()
+    done = subprocess.run([sys.executable, '-m', f'scratchdet.{name}', option], capture_output=True, text=True)
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert done.returncode == code and 'usage: ' in done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr and spent < 3
+
+
+def test_versions_agree():
+    import scratchdet
+    text = (root/'settings.ini').read_text()
+    assert f'\nversion = {scratchdet.__version__}\n' in text
+    assert f'## {scratchdet.__version__}' in (root/'CHANGELOG.md').read_text()
+
+
+@pytest.fixture
+def notebooks(monkeypatch):
+    monkeypatch.syspath_prepend(root/'tools')
+    import notebooks
+    return notebooks
+
+
+@pytest.mark.parametrize('saved, fresh, equal', [
+    ('AP 0.500', 'AP 0.505', True), ('AP 0.50', 'AP 0.56', False), ('AP 0.5', 'AR 0.5', False), ('3 boxes', '4 boxes', False),
+    ('a   1.0\n', 'a 1.0', True), ('1e-7 x', '1e-7 x', True), ('tensor([1.5, -2.5])', 'tensor([1.5, 2.5])', False), ('', '', True),
+    ('[1.0]', '[1.0, 2.0]', False), ('', 'x', False)])
+def test_outputs_are_compared_as_words_and_numbers(notebooks, saved, fresh, equal):
+    assert notebooks.same(saved, fresh) == equal
+
+
+def notebook(path, *cells):
+    "A notebook of code cells (source, text shown)."
+    import nbformat
+    new = nbformat.v4
+    outputs = [[new.new_output('stream', text=text)] if text else [] for _, text in cells]
+    code = [new.new_code_cell(source, outputs=o) for (source, _), o in zip(cells, outputs)]
+    nbformat.write(new.new_notebook(cells=code), path)
+    return path
+
+
+def test_a_notebook_that_shows_something_else_fails(tmp_path):
+    def check(*paths):
+        command = [sys.executable, str(root/'tools/notebooks.py'), 'check', *map(str, paths)]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True)
+    good = notebook(tmp_path/'good.ipynb', ('x = 1', ''), ('print(x)', '1\n'), ('#| slow\n1/0', ''))
+    other = notebook(tmp_path/'other.ipynb', ('print(2)', '1\n'))
+    broken = notebook(tmp_path/'broken.ipynb', ('1/0', ''))
+    assert check(good).returncode == 0
+    done = check(good, other, broken)
+    assert done.returncode == 1 and '2 of 3 notebooks fail' in done.stderr
+    assert "saved '1'" in done.stdout and 'division by zero' in done.stdout
+
+
+def test_the_front_page_becomes_markdown(monkeypatch):
+    monkeypatch.syspath_prepend(root/'tools')
+    import docs
+    def cell(kind, source, *outputs): return SimpleNamespace(cell_type=kind, source=source, get=lambda k, d: list(outputs) or d)
+    assert docs.as_markdown(cell('markdown', '# Title')) == '# Title'
+    assert docs.as_markdown(cell('code', '#| hide\nx = 1')) == ''
+    table = dict(data={'text/markdown': '| a |'})
+    assert docs.as_markdown(cell('code', '#| echo: false\nx', table)) == '| a |'
+    assert docs.as_markdown(cell('code', 'x', dict(text='1\n'))) == '```python\nx\n```\n\n```\n1\n```'
+    with pytest.raises(SystemExit, match='no pictures'): docs.as_markdown(cell('code', 'x', dict(data={'image/png': ''})))

@@ -1,0 +1,126 @@
+"Prediction from the command line: what it writes, and how it fails."
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from scratchdet.coco import coco_split, load_index
+from scratchdet.detector import mask_rcnn
+from scratchdet.evaluate import detections_to_coco, eval_scale, evaluate
+from scratchdet.loader import eval_loader
+from scratchdet.predict import find_images, main, parse_args, predict
+from scratchdet.toy import make_toy, toy_names
+from scratchdet.transforms import read_image
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    return make_toy(tmp_path_factory.mktemp('toy')/'toy', train=1, val=5, size=(64, 96))
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    "A small untrained Mask R-CNN of the toy set's categories, and the recipe that says how large images are."
+    torch.manual_seed(0)
+    model = mask_rcnn(num_classes=len(toy_names), blocks=(1, 1, 1, 1), width=16, channels=32, fc=32, groups=4,
+                      rpn=dict(post_nms_topk=(30, 30)), max_dets=5)
+    meta = dict(category_ids=list(range(1, len(toy_names) + 1)), category_names=list(toy_names))
+    path = tmp_path_factory.mktemp('run')/'model.safetensors'
+    about = dict(format='scratchdet', arguments=json.dumps(model.arguments), meta=json.dumps(meta))
+    save_file(model.state_dict(), path, about)
+    (path.parent/'recipe.json').write_text(json.dumps(dict(short_sides=[64], long_side=96)))
+    return path
+
+
+def call(*words, module='predict'):
+    command = [sys.executable, '-m', f'scratchdet.{module}', *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_folder_becomes_pictures_and_json(toy, weights, tmp_path):
+    done = call(toy/'val2017', '--weights', weights, '--out', tmp_path/'out', '--score', 0, '--cpu', '--quiet')
+    assert (done.returncode, done.stdout) == (0, ''), done.stderr
+    doc = json.loads((tmp_path/'out/predictions.json').read_text())
+    assert len(doc['images']) == 5 and len(doc['annotations']) > 0
+    assert [c['name'] for c in doc['categories']] == list(toy_names)
+    assert {o['image_id'] for o in doc['annotations']} <= {o['id'] for o in doc['images']}
+    assert all({'score', 'segmentation', 'bbox', 'area', 'iscrowd'} <= set(o) for o in doc['annotations'])
+    assert len(list((tmp_path/'out').glob('*.jpg'))) == 5
+
+
+def test_a_data_set_is_drawn_beside_its_objects(toy, weights, tmp_path):
+    done = call('--coco', toy, '--weights', weights, '--out', tmp_path, '--count', 2, '--cpu')
+    assert done.returncode == 0 and f'2 pictures in {tmp_path}' in done.stdout, done.stderr
+    assert len(list(tmp_path.glob('*.jpg'))) == 2
+
+
+def test_prediction_is_evaluation(toy, weights, tmp_path):
+    from scratchdet.evaluate import load_detector
+    index, model = load_index(*coco_split(toy, 'val')), load_detector(weights)
+    short, long = eval_scale(weights)
+    evaluate(model, index, eval_loader(index, short=short, long=long), out=tmp_path)
+    saved = json.loads((tmp_path/'detections.json').read_text())
+    images = [read_image(index.path(i)) for i in range(len(index))]
+    found = predict(model, images, short=short, long=long)
+    rows = [o for i, d in zip(index.image_ids.tolist(), found) for o in detections_to_coco(d, i, index.category_ids)]
+    assert rows and len(rows) == len(saved)
+    for a, b in zip(rows, saved):
+        assert (a['image_id'], a['category_id'], a['segmentation']) == (b['image_id'], b['category_id'], b['segmentation'])
+        assert a['bbox'] == pytest.approx(b['bbox'], abs=1e-3) and a['score'] == pytest.approx(b['score'], abs=1e-5)
+
+
+@pytest.mark.parametrize('words, fault', [
+    (['none.jpg'], 'none.jpg does not exist'),
+    (['notes.txt'], 'notes.txt is not an image'),
+    (['torn.jpg'], 'torn.jpg is not an image'),
+    (['empty'], 'empty has no image'),
+    (['a/x.jpg', 'b/x.jpg'], 'would both become'),
+    (['--coco', 'nowhere'], 'nowhere'),
+])
+def test_faults_are_named_in_one_line(toy, weights, tmp_path, monkeypatch, words, fault):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'empty').mkdir()
+    (tmp_path/'notes.txt').write_text('no image')
+    jpg = sorted((toy/'val2017').glob('*.jpg'))[0].read_bytes()
+    (tmp_path/'torn.jpg').write_bytes(jpg[:40])
+    for o in 'ab': (tmp_path/o).mkdir(), (tmp_path/o/'x.jpg').write_bytes(jpg)
+    with pytest.raises(SystemExit, match=fault) as e:
+        main(parse_args([*words, '--weights', str(weights), '--out', 'out', '--cpu', '--quiet']))
+    assert '\n' not in str(e.value) and str(e.value).startswith('scratchdet.predict: ')
+
+
+@pytest.mark.parametrize('module, words', [('predict', ['x.jpg']), ('evaluate', ['--coco', 'x'])])
+def test_missing_weights_end_with_code_1(module, words, tmp_path):
+    done = call(*words, '--weights', tmp_path/'none.safetensors', '--out', tmp_path/'out', '--quiet', '--cpu', module=module)
+    assert done.returncode == 1 and 'none.safetensors does not exist' in done.stderr
+    assert 'Traceback' not in done.stderr and done.stdout == ''
+
+
+def test_evaluation_from_the_command_line(toy, weights, tmp_path):
+    done = call('--coco', toy, '--weights', weights, '--out', tmp_path, '--cpu', '--workers', 0, '--pycocotools', module='evaluate')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:3] == ['AP', 'AP50', 'AP75'] and 'segm' in done.stdout and toy_names[0] in done.stdout
+    assert json.loads((tmp_path/'results.json').read_text())['images'] == 5
+
+
+def test_other_categories_are_refused(coco_mini, weights, tmp_path):
+    done = call('--coco', coco_mini, '--weights', weights, '--out', tmp_path, '--cpu', '--quiet', module='evaluate')
+    assert done.returncode == 1 and 'knows 6 categories' in done.stderr and 'has 80' in done.stderr
+
+
+def test_real_images_of_any_size(coco_mini, weights):
+    from scratchdet.evaluate import load_detector
+    files = find_images([coco_mini/'val2017'])[:4]
+    images = [read_image(o) for o in files]
+    for image, det in zip(images, predict(load_detector(weights), images, short=64, long=96)):
+        assert det['masks'].shape[1:] == image.shape[1:] and (det['boxes'][:, 2] <= image.shape[2] + 1e-2).all()
+
+
+def test_a_tall_thin_and_a_tiny_image(weights):
+    from scratchdet.evaluate import load_detector
+    images = [torch.zeros(3, h, w, dtype=torch.uint8) for h, w in ((400, 3), (3, 400), (1, 1))]
+    found = predict(load_detector(weights), images, short=64, long=96)
+    assert [tuple(o['masks'].shape[1:]) for o in found] == [(400, 3), (3, 400), (1, 1)]
