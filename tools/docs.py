@@ -1,5 +1,6 @@
 "Build the site from the notebooks, check it, and turn `nbs/index.ipynb` into README.md."
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,8 @@ def readme():
     "README.md as text."
     cells = read_nb(get_config().nbs_path/get_config().readme_nb).cells
     note = '<!-- made from nbs/index.ipynb by `make readme`: edit the notebook -->'
-    return '\n\n'.join([note, *filter(None, map(as_markdown, cells))]) + '\n'
+    text = '\n\n'.join([note, *filter(None, map(as_markdown, cells))]) + '\n'
+    return re.sub(r'\]\((?=[\w/]+\.ipynb)', '](nbs/', text)
 
 
 def write_readme(check):
