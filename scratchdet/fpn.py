@@ -28,8 +28,8 @@ class FPN(nn.Module):
         self.output = nn.ModuleList(layer(channels, channels, 3) for _ in in_channels)
 
     def forward(self,
-        features:list, # C2..C5, (N, in_channels[l], H_l, W_l), fine to coarse
-    )->list: # P2..P6, (N, channels, H_l, W_l); P6 has half the sides of P5
+        features:list[Tensor], # C2..C5, (N, in_channels[l], H_l, W_l), fine to coarse
+    )->list[Tensor]: # P2..P6, (N, channels, H_l, W_l); P6 has half the sides of P5
         "From the coarsest level: upsample, add the lateral, smooth"
         merged = [self.lateral[-1](features[-1])]
         for c, lateral in zip(features[-2::-1], self.lateral[-2::-1]):

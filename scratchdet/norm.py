@@ -36,7 +36,7 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 @torch.library.custom_op('scratchdet::group_norm_backward', mutates_args=())
 def _group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, y: Tensor | None,
                          groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    masked = dy.new_empty(0) if y is None else dy * (y > 0)
+    masked = dy.new_empty(0) if y is None else (dy * (y > 0)).contiguous()
     wide, grad = _wide(x, groups), _wide(dy if y is None else masked, groups)  # (N, G, m) each
     xhat = (wide - mean[..., None]) * rstd[..., None]
     dweight = (grad * xhat).reshape(x.shape).sum((0, 2, 3))
@@ -58,10 +58,10 @@ def _group_norm_cpu(x, weight, bias, groups, eps, residual, relu):
 @_group_norm_backward.register_kernel('cpu')
 def _group_norm_backward_cpu(dy, x, weight, mean, rstd, y, groups):
     (n, c, h, w), layout, x = x.shape, _layout(x), x.contiguous()
-    masked = dy.new_empty(0) if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
-    grad = (dy if y is None else masked).contiguous()
+    dy = dy.contiguous()
+    masked = dy.new_empty(0) if y is None else torch.ops.aten.threshold_backward(dy, y.contiguous(), 0)
     dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-        grad, x, mean, rstd, weight, n, c, h * w, groups, [True, True, True])
+        dy if y is None else masked, x, mean, rstd, weight, n, c, h * w, groups, [True, True, True])
     return dx.contiguous(memory_format=layout), dweight, dbias, masked
 
 # %% ../nbs/20_norm.ipynb #d9faf748
@@ -72,7 +72,7 @@ def _group_norm_fake(x, weight, bias, groups, eps, residual, relu):
 
 @_group_norm_backward.register_fake
 def _group_norm_backward_fake(dy, x, weight, mean, rstd, y, groups):
-    masked = dy.new_empty(0) if y is None else torch.empty_like(dy)
+    masked = dy.new_empty(0) if y is None else torch.empty_like(dy, memory_format=torch.contiguous_format)
     dx = torch.empty_like(x, memory_format=_layout(x))
     return dx, torch.empty_like(weight), torch.empty_like(weight), masked
 

@@ -6,7 +6,6 @@
 __all__ = ['Bottleneck', 'ResNet']
 
 # %% ../nbs/21_resnet.ipynb #451d746a
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,7 +60,7 @@ class ResNet(nn.Module):
 
     def forward(self,
         images:Tensor, # (N, 3, H, W) normalized
-    )->list: # C2..C5: (N, channels[l], H / 2**(l+2), W / 2**(l+2))
+    )->list[Tensor]: # C2..C5: (N, channels[l], H / 2**(l+2), W / 2**(l+2))
         "The map that each stage ends with"
         x, features = F.max_pool2d(self.stem(images), 3, 2, 1), []  # (N, width, H/4, W/4)
         for stage in self.stages: features.append(x := stage(x))

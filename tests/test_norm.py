@@ -61,9 +61,10 @@ def test_opcheck(layout, dtype):
             leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
             torch.library.opcheck(_group_norm, (*leaves, 4, 1e-5, r, relu))
             y, mean, rstd = _group_norm(x, weight, bias, 4, 1e-5, r, relu)
-            torch.library.opcheck(_group_norm_backward, (dy, x, weight, mean, rstd, y if relu else None, 4))
-            checks += 1
-    assert checks == 4
+            for d in (dy, dy.contiguous(), dy[:1, :1, :1, :1].expand_as(dy)):
+                torch.library.opcheck(_group_norm_backward, (d, x, weight, mean, rstd, y if relu else None, 4))
+                checks += 1
+    assert checks == 12
 
 
 @pytest.mark.parametrize('layout', layouts)
