@@ -120,6 +120,15 @@ def _offsets(lengths):
     "Where each of consecutive pieces of these lengths begins, and the end of the last."
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
+def _cents(xy):
+    "Hundredths in 32 bits if they are exact for all numbers, else the numbers; in blocks, to save memory."
+    cents = np.empty(xy.shape, np.int32)
+    for i in range(0, len(xy), 1 << 20):
+        block = np.rint(xy[i:i + (1 << 20)] * 100)
+        if np.abs(block).max() >= 2**31 or (block / 100 != xy[i:i + (1 << 20)]).any(): return xy
+        cents[i:i + (1 << 20)] = block
+    return cents
+
 def _polygons(path, ids, segmentations):
     "All polygons of at least three points as coordinates, with the offsets of rings and objects."
     lists = [o if type(o) is list else [] for o in segmentations]
@@ -128,12 +137,11 @@ def _polygons(path, ids, segmentations):
     def flat(usable):
         kept = [[ring for ring in o if (len(ring) >= 6 and len(ring) % 2 == 0) == usable] for o in lists]
         counts = np.fromiter(map(len, kept), np.int64, len(kept))
-        return counts, *_numbers(path, np.repeat(ids, counts), 'segmentation', list(chain.from_iterable(kept)))
+        rings = list(chain.from_iterable(kept))
+        return counts, *_numbers(path, np.repeat(ids, counts), 'segmentation', rings)
     flat(False)  # what is left out must be numbers, too
     counts, xy, lengths = flat(True)
-    cents = np.rint(xy * 100)
-    if (cents / 100 == xy).all() and np.abs(cents).max(initial=0) < 2**31: xy = cents.astype(np.int32)
-    return dict(coords=xy, coord_first=_offsets(lengths), ring_first=_offsets(counts))
+    return dict(coords=_cents(xy), coord_first=_offsets(lengths), ring_first=_offsets(counts))
 
 # %% ../nbs/10_coco.ipynb #86b62af0
 def _run_lengths(path, ids, segmentations, sizes):
@@ -201,17 +209,17 @@ def _annotations(path, doc, image_ids, sizes, category_ids):
                 **polygons, **_run_lengths(path, ids, segmentations, sizes))
 
 # %% ../nbs/10_coco.ipynb #26bdf8ee
-def _parse(path, data):
-    "The json document in `data`."
-    try: return orjson.loads(data)
+def _parse(path):
+    "The json document of a file."
+    try: return orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as e:
-        try: return json.loads(data)
+        try: return json.loads(path.read_bytes())
         except (ValueError, RecursionError):
             raise _wrong(path, f'is not json ({e})', 'is the download complete?') from None
 
-def _build(path, data):
-    "All arrays of the annotation file with the bytes `data`, and the names of the categories."
-    doc = _parse(path, data)
+def _build(path):
+    "All arrays of an annotation file, and the names of its categories."
+    doc = _parse(path)
     images = _images(path, doc)
     category_ids, names = _categories(path, doc)
     anns = _annotations(path, doc, images['image_ids'], images['sizes'], category_ids)
@@ -323,10 +331,13 @@ def load_index(
     json_path, image_dir = Path(json_path).absolute(), Path(image_dir).absolute()
     for path, there in ((json_path, json_path.is_file()), (image_dir, image_dir.is_dir())):
         if not there: raise FileNotFoundError(f'{path} does not exist: check the path')
-    file = _cache_folder(json_path, cache) / f'{json_path.stem}-{_key(json_path)}.safetensors'
+    key = _key(json_path)
+    file = _cache_folder(json_path, cache) / f'{json_path.stem}-{key}.safetensors'
     try: index = open_index(json_path, image_dir, file)
     except (FileNotFoundError, SafetensorError):
-        _write(file, *_build(json_path, json_path.read_bytes()))
+        built = _build(json_path)
+        if _key(json_path) != key: raise _wrong(json_path, 'changed while it was read', 'start again')
+        _write(file, *built)
         index = open_index(json_path, image_dir, file)
     _check_present(index)
     return index
@@ -360,7 +371,7 @@ def target(
 def segmentation(
     self:CocoIndex,
     row:int, # of the annotation arrays (`rows` of `target`)
-): # list of polygons, dict of compressed run lengths, or None where the file has no segmentation
+)->object: # list of polygons, dict of compressed run lengths, or None where the file has no segmentation
     "COCO's segmentation field of one annotation."
     a = self.arrays
     lo, hi = a['rle_first'][row], a['rle_first'][row + 1]

@@ -181,6 +181,20 @@ def test_missing_images(write, tmp_path):
         write(edited(set_image('file_name', 'sub/b.png', 1)))
 
 
+def test_file_that_changes_while_it_is_read(write, tmp_path, monkeypatch):
+    "A cache must never hold another content than its name says."
+    import scratchdet.coco as coco
+    build = coco._build
+
+    def edit_too(path):
+        built = build(path)
+        path.write_text(json.dumps(edited(set_ann('area', 7))))
+        return built
+    monkeypatch.setattr(coco, '_build', edit_too)
+    with pytest.raises(ValueError, match=r'a\.json: changed while it was read: start again'): write(document())
+    assert not (tmp_path / 'cache').exists()
+
+
 def test_missing_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'no\.json does not exist: check the path'):
         load_index(tmp_path / 'no.json', tmp_path)
