@@ -41,10 +41,10 @@ def test_parts_of_a_batch_add_up(images, parts):
 
 
 def test_two_processes_are_one(toy, tmp_path):
-    "Two processes over gloo give the losses of one, and evaluate alike; one bit more or less may move a later step."
+    "Two processes over gloo, in two parts each, give the losses of one; one bit more or less may move a later step."
     recipe = replace(tiny, epochs=1)
     alone = train(recipe, toy, tmp_path/'one', progress=False)
-    status, said = finish(start(recipe, toy, tmp_path/'two', processes=2))
+    status, said = finish(start(replace(recipe, images_per_process=1), toy, tmp_path/'two', processes=2))
     assert status == 0, said
     one, two = losses(tmp_path/'one'), losses(tmp_path/'two')
     assert len(one) == len(two) == 4
