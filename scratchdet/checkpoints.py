@@ -15,13 +15,14 @@ def parse_args(
 )->argparse.Namespace: # command, source, target, origin, to, categories, pixel_mean, pixel_std, groups
     "The command line of `python -m scratchdet.checkpoints`."
     p = argparse.ArgumentParser(prog='python -m scratchdet.checkpoints', description='Convert weights.')
-    c = p.add_subparsers(dest='command', required=True).add_parser('convert', help='weights of another code base in or out')
+    commands = p.add_subparsers(dest='command', required=True)
+    c = commands.add_parser('convert', help='weights of another code base in or out')
     way = c.add_mutually_exclusive_group(required=True)
-    way.add_argument('--from', dest='origin', choices=['mmdet', 'detectron2'], help='who wrote IN; OUT is ours')
+    way.add_argument('--from', dest='origin', choices=['mmdet', 'detectron2'], help='who wrote IN')
     way.add_argument('--to', choices=['mmdet'], help='who will read OUT; IN is ours')
     c.add_argument('source', metavar='IN', help='.pth or .safetensors')
     c.add_argument('target', metavar='OUT', help='.safetensors for --from, .pth for --to')
-    c.add_argument('--categories', metavar='JSON', help='COCO annotation file whose categories the classes are')
+    c.add_argument('--categories', metavar='JSON', help='COCO annotation file that names the classes')
     c.add_argument('--pixel-mean', nargs=3, type=float, help="of IN, in IN's order of channels")
     c.add_argument('--pixel-std', nargs=3, type=float, help="of IN, in IN's order of channels")
     c.add_argument('--groups', type=int, default=32, help='of every GroupNorm (default: 32)')
@@ -38,32 +39,47 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .detector import Detector, faster_rcnn, mask_rcnn
 
-# %% ../nbs/70_checkpoints.ipynb #bd0446ac
+# %% ../nbs/70_checkpoints.ipynb #63bdc439
 NAMES = '''
-backbone.stem.conv                         backbone.conv1                               backbone.bottom_up.stem.conv1
-backbone.stem.norm                         backbone.gn1                                 backbone.bottom_up.stem.conv1.norm
-backbone.stages.{0}.{0}.conv{1}.conv       backbone.layer{1}.{0}.conv{1}                backbone.bottom_up.res{2}.{0}.conv{1}
-backbone.stages.{0}.{0}.conv{1}.norm       backbone.layer{1}.{0}.gn{1}                  backbone.bottom_up.res{2}.{0}.conv{1}.norm
-backbone.stages.{0}.{0}.shortcut.conv      backbone.layer{1}.{0}.downsample.0           backbone.bottom_up.res{2}.{0}.shortcut
-backbone.stages.{0}.{0}.shortcut.norm      backbone.layer{1}.{0}.downsample.1           backbone.bottom_up.res{2}.{0}.shortcut.norm
-fpn.lateral.{0}.conv                       neck.lateral_convs.{0}.conv                  backbone.fpn_lateral{2}
-fpn.lateral.{0}.norm                       neck.lateral_convs.{0}.gn                    backbone.fpn_lateral{2}.norm
-fpn.output.{0}.conv                        neck.fpn_convs.{0}.conv                      backbone.fpn_output{2}
-fpn.output.{0}.norm                        neck.fpn_convs.{0}.gn                        backbone.fpn_output{2}.norm
-rpn.head.conv                              rpn_head.rpn_conv                            proposal_generator.rpn_head.conv
-rpn.head.objectness                        rpn_head.rpn_cls                             proposal_generator.rpn_head.objectness_logits
-rpn.head.deltas                            rpn_head.rpn_reg                             proposal_generator.rpn_head.anchor_deltas
-box_head.convs.{0}.conv                    roi_head.bbox_head.shared_convs.{0}.conv     roi_heads.box_head.conv{1}
-box_head.convs.{0}.norm                    roi_head.bbox_head.shared_convs.{0}.gn       roi_heads.box_head.conv{1}.norm
-box_head.fc                                roi_head.bbox_head.shared_fcs.0              roi_heads.box_head.fc1
-box_head.cls                               roi_head.bbox_head.fc_cls                    roi_heads.box_predictor.cls_score
-box_head.deltas                            roi_head.bbox_head.fc_reg                    roi_heads.box_predictor.bbox_pred
-mask_head.convs.{0}.conv                   roi_head.mask_head.convs.{0}.conv            roi_heads.mask_head.mask_fcn{1}
-mask_head.convs.{0}.norm                   roi_head.mask_head.convs.{0}.gn              roi_heads.mask_head.mask_fcn{1}.norm
-mask_head.upsample                         roi_head.mask_head.upsample                  roi_heads.mask_head.deconv
-mask_head.logits                           roi_head.mask_head.conv_logits               roi_heads.mask_head.predictor
+# backbone                    backbone                     backbone.bottom_up
+stem.conv                     conv1                        stem.conv1
+stem.norm                     gn1                          stem.conv1.norm
+stages.{0}.{0}.conv{1}.conv   layer{1}.{0}.conv{1}         res{2}.{0}.conv{1}
+stages.{0}.{0}.conv{1}.norm   layer{1}.{0}.gn{1}           res{2}.{0}.conv{1}.norm
+stages.{0}.{0}.shortcut.conv  layer{1}.{0}.downsample.0    res{2}.{0}.shortcut
+stages.{0}.{0}.shortcut.norm  layer{1}.{0}.downsample.1    res{2}.{0}.shortcut.norm
+# fpn                         neck                         backbone
+lateral.{0}.conv              lateral_convs.{0}.conv       fpn_lateral{2}
+lateral.{0}.norm              lateral_convs.{0}.gn         fpn_lateral{2}.norm
+output.{0}.conv               fpn_convs.{0}.conv           fpn_output{2}
+output.{0}.norm               fpn_convs.{0}.gn             fpn_output{2}.norm
+# rpn.head                    rpn_head                     proposal_generator.rpn_head
+conv                          rpn_conv                     conv
+objectness                    rpn_cls                      objectness_logits
+deltas                        rpn_reg                      anchor_deltas
+# box_head                    roi_head.bbox_head           roi_heads
+convs.{0}.conv                shared_convs.{0}.conv        box_head.conv{1}
+convs.{0}.norm                shared_convs.{0}.gn          box_head.conv{1}.norm
+fc                            shared_fcs.0                 box_head.fc1
+cls                           fc_cls                       box_predictor.cls_score
+deltas                        fc_reg                       box_predictor.bbox_pred
+# mask_head                   roi_head.mask_head           roi_heads.mask_head
+convs.{0}.conv                convs.{0}.conv               mask_fcn{1}
+convs.{0}.norm                convs.{0}.gn                 mask_fcn{1}.norm
+upsample                      upsample                     deconv
+logits                        conv_logits                  predictor
 '''
-TABLE = [dict(zip(('ours', 'mmdet', 'detectron2'), row.split())) for row in NAMES.strip().splitlines()]
+
+# %% ../nbs/70_checkpoints.ipynb #65e38a29
+def _read_names(text):
+    "Rows of full names: {'ours': ..., 'mmdet': ..., 'detectron2': ...}."
+    rows, bases = [], ('ours', 'mmdet', 'detectron2')
+    for line in text.strip().splitlines():
+        if line[0] == '#': starts = line[1:].split()
+        else: rows.append({k: f'{a}.{b}' for k, a, b in zip(bases, starts, line.split())})
+    return rows
+
+TABLE = _read_names(NAMES)
 
 # %% ../nbs/70_checkpoints.ipynb #56b49c08
 def rename(
@@ -86,8 +102,8 @@ def _translate(state, source, target):
     "`state` under other names; an error names what the table does not know."
     out = {rename(k, source, target): v for k, v in state.items()}
     unknown = [k for k in state if rename(k, source, target) is None]
-    if unknown: raise ValueError(f'{len(unknown)} names are not those of a {source} Faster or Mask R-CNN with GroupNorm: '
-                                 f'{", ".join(unknown[:4])}')
+    if unknown: raise ValueError(f'{len(unknown)} names are not those of a {source} Faster or Mask R-CNN '
+                                 f'with GroupNorm: {", ".join(unknown[:4])}')
     return out
 
 # %% ../nbs/70_checkpoints.ipynb #7777df68
@@ -146,10 +162,13 @@ def load_weights(
     "Copy `state` into `model`; an error lists what does not fit."
     ours = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     theirs = {k: tuple(v.shape) for k, v in state.items()}
-    bad = [f'{k} is missing' for k in ours if k not in theirs] + [f'{k} is unexpected' for k in theirs if k not in ours]
+    bad = [f'{k} is missing' for k in ours if k not in theirs]
+    bad += [f'{k} is unexpected' for k in theirs if k not in ours]
     bad += [f'{k} is {theirs[k]}, the model has {s}' for k, s in ours.items() if theirs.get(k, s) != s]
-    if bad: raise ValueError(f'{source} is of another model: {len(bad)} tensors do not fit\n  ' + '\n  '.join(bad[:8]) +
-                             '\nbuild the model with the arguments of the run that wrote it')
+    if bad:
+        what = f'{source} is of another model: {len(bad)} tensors do not fit'
+        end = 'build the model with the arguments of the run that wrote it'
+        raise ValueError('\n  '.join([what, *bad[:8], end]))
     model.load_state_dict(state)
     return model
 
@@ -167,7 +186,7 @@ def build_model(
 def save_model(
     path, # of the file, `.safetensors`
     model:Detector, # from `mask_rcnn` or `faster_rcnn`
-    meta:dict=None, # json-able; `category_ids` and `category_names` of the K classes, and what else is worth keeping
+    meta:dict=None, # json-able; `category_ids` and `category_names` of the K classes, and whatever else
 )->Path: # `path`
     "Weights, constructor arguments and `meta` in one safetensors file, complete or not there at all."
     path = Path(path)
@@ -210,8 +229,8 @@ def read_state(
     try: file = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise
     except Exception as e:
-        raise ValueError(f'{path} holds more than tensors, or is no checkpoint of torch; where it was written, '
-                         'torch.save({"state_dict": {name: tensor}}, file) makes one that can be read') from e
+        raise ValueError(f'{path} holds more than tensors, or is no checkpoint of torch. Where it was '
+                         'written, keep only tensors: torch.save({"state_dict": {name: tensor}}, f)') from e
     for key in ('state_dict', 'model'): file = file.get(key, file)
     return {k: v for k, v in file.items() if isinstance(v, torch.Tensor)}
 
@@ -220,7 +239,8 @@ def _categories(path, num_classes):
     "`category_ids` and `category_names` of a COCO annotation file; {} without one."
     if not path: return {}
     rows = json.loads(Path(path).read_text()).get('categories', [])
-    if len(rows) != num_classes: raise ValueError(f'{path} has {len(rows)} categories, the weights have {num_classes} classes')
+    if len(rows) != num_classes:
+        raise ValueError(f'{path} has {len(rows)} categories, the weights have {num_classes} classes')
     return {f'category_{k}s': [c[k] for c in sorted(rows, key=lambda c: c['id'])] for k in ('id', 'name')}
 
 def convert(
@@ -237,7 +257,8 @@ def convert(
     pixels = {k: [float(x) for x in (getattr(args, k) or theirs.get(k, torch.empty(0)).flatten().tolist())]
               for k in ('pixel_mean', 'pixel_std')}
     pixels = {k: v[::-1] if bgr else v for k, v in pixels.items() if v}
-    model = load_weights(build_model({**model_arguments(state), 'groups': args.groups, **pixels}), state, args.source)
+    model = build_model({**model_arguments(state), 'groups': args.groups, **pixels})
+    load_weights(model, state, args.source)
     return save_model(args.target, model, _categories(args.categories, model.num_classes))
 
 # %% ../nbs/70_checkpoints.ipynb #a3554822

@@ -42,10 +42,12 @@ class Detector(nn.Module):
         fixed_mask_rois:int=None, # RoIs of an image for the mask head in training; None takes the positives
     ):
         super().__init__()
-        self.backbone, self.fpn, self.rpn, self.box_head, self.mask_head = backbone, fpn, rpn, box_head, mask_head
+        self.backbone, self.fpn, self.rpn = backbone, fpn, rpn
+        self.box_head, self.mask_head = box_head, mask_head
         self.num_classes, self.fixed_mask_rois = num_classes, fixed_mask_rois
-        self.sampling = dict(num_classes=num_classes, batch_size_per_image=batch_size_per_image,
-                             positive_fraction=positive_fraction, iou_thresh=iou_thresh, low_quality=low_quality)
+        self.sampling = dict(
+            num_classes=num_classes, batch_size_per_image=batch_size_per_image,
+            positive_fraction=positive_fraction, iou_thresh=iou_thresh, low_quality=low_quality)
         self.finding = dict(score_thresh=score_thresh, nms_thresh=nms_thresh, max_dets=max_dets)
         for name, o in dict(pixel_mean=pixel_mean, pixel_std=pixel_std).items():
             self.register_buffer(name, torch.tensor(o, dtype=torch.float32)[:, None, None], persistent=False)
@@ -83,8 +85,8 @@ def mask_rcnn(
             RPNHead(channels, num_anchors=3),
             Anchors(strides=(4, 8, 16, 32, 64), scale=8, ratios=(.5, 1., 2.)),
             **(rpn or {})),
-        box_head=BoxHead(channels, num_classes, convs=4, conv_channels=channels, fc=fc, resolution=7, groups=groups),
-        mask_head=MaskHead(channels, num_classes, convs=4, conv_channels=channels, resolution=14, groups=groups),
+        box_head=BoxHead(channels, num_classes, convs=4, conv_channels=channels, fc=fc, groups=groups),
+        mask_head=MaskHead(channels, num_classes, convs=4, conv_channels=channels, groups=groups),
         num_classes=num_classes,
         **{'low_quality': .5, **settings})
 
@@ -106,7 +108,7 @@ def faster_rcnn(
         backbone=ResNet(blocks, width, groups=groups),
         fpn=FPN(tuple(4*width*2**i for i in range(4)), channels, groups=groups),
         rpn=RPN(RPNHead(channels, num_anchors=3), Anchors(), **(rpn or {})),
-        box_head=BoxHead(channels, num_classes, convs=4, conv_channels=channels, fc=fc, resolution=7, groups=groups),
+        box_head=BoxHead(channels, num_classes, convs=4, conv_channels=channels, fc=fc, groups=groups),
         num_classes=num_classes,
         **settings)
 
@@ -179,12 +181,15 @@ def detect(self:Detector,
     "Classify the proposals, keep the best boxes, draw their masks."
     rois = boxes_to_rois(proposals.boxes)[proposals.valid.flatten()]
     heads = self.box_head(roi_align(features, rois, self.box_head.resolution))
-    found = box_detections(*(_spread(_full(x), proposals.valid) for x in heads), proposals, sizes, **self.finding)
-    rows = [{k: getattr(found, k)[i, v] for k in ('boxes', 'scores', 'labels')} for i, v in enumerate(found.valid)]
+    heads = [_spread(_full(x), proposals.valid) for x in heads]  # (N, P, K+1), (N, P, 4K)
+    found = box_detections(*heads, proposals, sizes, **self.finding)
+    rows = [dict(boxes=found.boxes[i, v], scores=found.scores[i, v], labels=found.labels[i, v])
+            for i, v in enumerate(found.valid)]
     if self.mask_head is None: return rows
     rois, labels = boxes_to_rois(found.boxes)[found.valid.flatten()], found.labels[found.valid]
     logits = self.mask_head(roi_align(features, rois, self.mask_head.resolution))
-    probs = _full(logits)[torch.arange(len(labels), device=labels.device), labels].sigmoid()  # (sum of D, 28, 28)
+    own = torch.arange(len(labels), device=labels.device), labels
+    probs = _full(logits)[own].sigmoid()  # (sum of D, 28, 28)
     return [{**r, 'mask_probs': p} for r, p in zip(rows, probs.split([len(r['labels']) for r in rows]))]
 
 # %% ../nbs/50_detector.ipynb #7e4eb7e9
@@ -218,4 +223,5 @@ def scale_detections(
     (h, w), (height, width) = ([int(x) for x in o] for o in (size, original))
     boxes = det['boxes'] * det['boxes'].new_tensor([width/w, height/h] * 2)
     out = dict(boxes=boxes, scores=det['scores'], labels=det['labels'])
-    return {**out, 'masks': paste_masks(det['mask_probs'], boxes, height, width)} if 'mask_probs' in det else out
+    if 'mask_probs' in det: out['masks'] = paste_masks(det['mask_probs'], boxes, height, width)
+    return out
