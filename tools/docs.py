@@ -1,11 +1,13 @@
 "Build the site from the notebooks, check it, and turn `nbs/index.ipynb` into README.md."
 import argparse
+import ast
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbdev.processors
 from execnb.nbio import read_nb
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
@@ -47,27 +49,45 @@ def write_readme(check):
     print('README.md is what nbs/index.ipynb gives')
 
 
-def smalldocs(*words):
-    "Run smalldocs on the processed notebooks; fail when it does."
-    program = Path(sys.executable).parent/'smalldocs'
-    if not program.exists(): sys.exit('the site needs Quarto (https://quarto.org) or, from Python 3.11 on, pip install smalldocs')
-    if subprocess.run([program, *words]).returncode: sys.exit(f'smalldocs {words[0]} finds fault with the site')
+def needed(cell):
+    "True for the cells that nbdev must execute to print the tables of parameters: what is exported, and imports alone."
+    if 'export' in cell.directives_: return True
+    code = cell.cell_type == 'code' and 'eval:false' not in directives(cell) and cell.parsed_()
+    return bool(code) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in code)
+
+
+def process():
+    "The notebooks as the site shows them, in `_proc`: exported code becomes documentation. One process imports torch once."
+    nbdev.processors._do_eval = needed
+    cache = proc_nbs(n_workers=0, force=True)
+    for path in cache.rglob('*.ipynb'):  # a page keeps its number, whatever renders it
+        path.write_text(re.sub(r'output-file: [^"]*?\\n', '', path.read_text(encoding='utf-8'), count=1), encoding='utf-8')
+    return cache
+
+
+def renderer():
+    "The command that turns `_proc` into a site: Quarto where it is installed, smalldocs otherwise."
+    if shutil.which('quarto'): return ['quarto', 'render', '--no-cache']
+    smalldocs = Path(sys.executable).parent/'smalldocs'
+    if smalldocs.exists(): return [smalldocs, 'render', '.']
+    sys.exit('the site needs Quarto (https://quarto.org) or, from Python 3.11 on, pip install smalldocs')
 
 
 def build():
-    "The site in `_docs`: with Quarto where it is installed, with smalldocs otherwise."
-    if shutil.which('quarto'): return subprocess.run([Path(sys.executable).parent/'nbdev_docs'], check=True)
-    cfg, cache = get_config(), proc_nbs()
-    smalldocs('render', str(cache))
-    if cfg.doc_path.exists(): shutil.rmtree(cfg.doc_path)
-    shutil.copytree(cache/cfg.doc_path.name, cfg.doc_path)
-    print(f'the site is in {cfg.doc_path}: open {cfg.doc_path/"index.html"}')
+    "The site, in `_docs`."
+    command, out = renderer(), get_config().doc_path
+    cache = process()
+    if subprocess.run(command, cwd=cache).returncode: sys.exit(f'{command[0]} cannot build the site')
+    if out.exists(): shutil.rmtree(out)
+    shutil.move(cache/out.name, out)
+    print(f'the site is in {out}: open {out/"index.html"}')
 
 
 def check():
-    "Every page is built from its notebook, and no link leads nowhere."
-    if sys.version_info < (3, 11): return print('the site is not checked on Python 3.10: smalldocs needs 3.11')
-    smalldocs('check', str(proc_nbs(force=True)))
+    "Every page is built from its notebook, no option is unknown, and no link leads nowhere."
+    smalldocs = Path(sys.executable).parent/'smalldocs'
+    if not smalldocs.exists(): return print('the site is not checked: smalldocs needs Python 3.11')
+    if subprocess.run([smalldocs, 'check', process()]).returncode: sys.exit('smalldocs finds fault with the site')
 
 
 def main():
