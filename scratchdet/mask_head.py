@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .masks import unpack_masks
 from .norm import ConvNorm
-from .roi_align import axis_weights
+from .roi_align import _one_thread, axis_weights
 
 # %% ../nbs/42_mask_head.ipynb #3137793a
 class MaskHead(nn.Module):
@@ -43,6 +43,7 @@ class MaskHead(nn.Module):
 
 # %% ../nbs/42_mask_head.ipynb #ac5668ee
 @torch.library.custom_op('scratchdet::mask_targets', mutates_args=())
+@_one_thread()
 def _mask_targets(masks: Tensor, rois: Tensor, matched: Tensor, size: int) -> Tensor:
     at = (matched >= 0).nonzero().flatten()
     box, out = rois[at, 1:].float() - .5, torch.zeros(len(rois), size, size, device=rois.device)
@@ -95,6 +96,7 @@ def _paste_weights(lo, hi, size, limit, device):
 
 # %% ../nbs/42_mask_head.ipynb #949f097e
 @torch.no_grad()
+@_one_thread()
 def paste_masks(
     probs:Tensor, # (D, 28, 28) probabilities
     boxes:Tensor, # (D, 4) xyxy, px of the picture

@@ -6,6 +6,8 @@
 __all__ = ['boxes_to_rois', 'roi_levels', 'axis_weights', 'roi_align']
 
 # %% ../nbs/40_roi_align.ipynb #8fb105e9
+from contextlib import contextmanager
+
 import torch
 import torchvision  # its kernels are the plain meaning of `roi_align`
 from torch import Tensor
@@ -124,6 +126,15 @@ def roi_align(
     "Features of each RoI from the map of its level (Mask R-CNN, section 3), with `aligned=True`."
     return _roi_align(list(features), rois, resolution, list(strides), sampling_ratio)
 
+# %% ../nbs/40_roi_align.ipynb #87f0d933
+@contextmanager
+def _one_thread():
+    "PyTorch on one thread, for work in thousands of small pieces."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
 # %% ../nbs/40_roi_align.ipynb #2111057e
 def _windows(maps, rois, levels, level, stride, resolution, sampling_ratio):
     "Number, window (h, w, C) and weights of both axes for every RoI of one level."
@@ -138,6 +149,7 @@ def _windows(maps, rois, levels, level, stride, resolution, sampling_ratio):
 # %% ../nbs/40_roi_align.ipynb #e9f25454
 @_roi_align.register_kernel('cpu')
 @torch.autocast('cpu', enabled=False)  # its own float32 stays float32
+@_one_thread()
 def _roi_align_cpu(features, rois, resolution, strides, sampling_ratio):
     c, levels = features[0].shape[1], roi_levels(rois[:, 1:], len(features))
     rois = rois.to(_math(features[0].dtype))
@@ -152,6 +164,7 @@ def _roi_align_cpu(features, rois, resolution, strides, sampling_ratio):
 # %% ../nbs/40_roi_align.ipynb #196454e5
 @_roi_align_backward.register_kernel('cpu')
 @torch.autocast('cpu', enabled=False)  # its own float32 stays float32
+@_one_thread()
 def _roi_align_backward_cpu(grad, features, rois, strides, sampling_ratio):
     levels, rois, grads = roi_levels(rois[:, 1:], len(features)), rois.to(_math(grad.dtype)), []
     dy = grad.permute(0, 2, 3, 1).to(rois.dtype).contiguous()  # (K, resolution, resolution, C)
