@@ -145,6 +145,10 @@ def model_arguments(
     stages = [re.match(r'backbone\.stages\.(\d+)\.\d+\.conv1\.conv', k) for k in state]
     stages = [int(o[1]) for o in stages if o]
     shape = {k: tuple(v.shape) for k, v in state.items()}
+    needed = ('box_head.cls', 'backbone.stem.conv', 'fpn.lateral.0.conv', 'box_head.fc')
+    missing = [k for k in needed if f'{k}.weight' not in state]
+    if missing or not stages:
+        raise ValueError(f'not the weights of a detector: without {", ".join(missing) or "stages"}')
     return dict(
         model='mask_rcnn' if 'mask_head.logits.weight' in state else 'faster_rcnn',
         num_classes=shape['box_head.cls.weight'][0] - 1,
@@ -231,6 +235,8 @@ def read_state(
     except Exception as e:
         raise ValueError(f'{path} holds more than tensors, or is no checkpoint of torch. Where it was '
                          'written, keep only tensors: torch.save({"state_dict": {name: tensor}}, f)') from e
+    if not isinstance(file, dict):
+        raise ValueError(f'{path} holds a {type(file).__name__}, not named tensors')
     for key in ('state_dict', 'model'): file = file.get(key, file)
     return {k: v for k, v in file.items() if isinstance(v, torch.Tensor)}
 
