@@ -50,10 +50,11 @@ def write_readme(check):
 
 
 def needed(cell):
-    "True for the cells that nbdev must execute to print the tables of parameters: what is exported, and imports alone."
-    if 'export' in cell.directives_: return True
+    "True for the cells that must be executed to print signatures: `show_doc`, what is exported, imports alone."
     code = cell.cell_type == 'code' and 'eval:false' not in directives(cell) and cell.parsed_()
-    return bool(code) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in code)
+    if not code: return False
+    imports = all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in code)
+    return imports or 'export' in cell.directives_ or '\nshow_doc(' in cell.source
 
 
 def process():
