@@ -122,7 +122,7 @@ def normalize(self:Detector,
     x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
     h, w = (torch.arange(n, device=images.device) for n in images.shape[-2:])
     inside = (h < sizes[:, :1])[:, :, None] & (w < sizes[:, 1:])[:, None]  # (N, H, W)
-    return x * inside[:, None]
+    return (x * inside[:, None]).contiguous()  # the loader gives channels_last, which is slower here
 
 # %% ../nbs/50_detector.ipynb #6524edde
 def _full(x:Tensor): return x.to(torch.promote_types(x.dtype, torch.float32))
