@@ -7,4 +7,4 @@
 set -euo pipefail
 coco=$1 out=$2; shift 2
 accelerate launch --config_file "${ACCELERATE:-recipes/accelerate/eight_gpus.yaml}" -m scratchdet.train \
-    --recipe mask_rcnn_r50_fpn_gn_scratch_9x --coco "$coco" --out "$out" --set short_sides=640,800 "$@"
+    --recipe mask_rcnn_r50_fpn_gn_scratch_9x --coco "$coco" --out "$out" --set short_sides=640,672,704,736,768,800 "$@"

@@ -65,7 +65,7 @@ def sample_rois(
     keys:Tensor, # (N,) int64, from `image_keys`
     *,
     num_classes:int, # K
-    batch_size_per_image:int=512, # S, or M + P when that is less
+    batch_size_per_image:int=512, # S, or P + M when that is less
     positive_fraction:float=.25, # of S at most
     iou_thresh:float=.5, # positive from here on
     low_quality:float|None=None, # each object's best proposal is positive, too, if their IoU reaches this
@@ -74,12 +74,12 @@ def sample_rois(
     matched = match(box_iou(boxes, proposals.boxes), valid, fg_thresh=iou_thresh, bg_thresh=iou_thresh,
                     low_quality=low_quality, inside=proposals.valid)  # (N, P)
     own = torch.arange(boxes.shape[1], device=boxes.device).where(valid, -2)  # (N, M)
-    matched = torch.cat([own, matched], 1)  # (N, M + P)
+    matched = torch.cat([matched, own], 1)  # (N, P + M)
     idxs, used = sample(matched, keys, batch_size_per_image=batch_size_per_image,
                         positive_fraction=positive_fraction, salt=1)  # (N, S) each
     matched = matched.gather(1, idxs)
     positive = used & (matched >= 0)
-    rois = torch.cat([boxes, proposals.boxes], 1).gather(1, idxs[..., None].expand(-1, -1, 4))
+    rois = torch.cat([proposals.boxes, boxes], 1).gather(1, idxs[..., None].expand(-1, -1, 4))
     labels = labels.gather(1, matched.clamp(min=0)).where(positive, num_classes)
     return SampledRoIs(rois, labels, matched, used, positive)
 
