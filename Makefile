@@ -27,7 +27,7 @@ help:
 	@echo 'parts of make test: make sync, make notebooks, make pytest, make docs-check'
 	@echo 'after an edit: make export, make readme; to start afresh: make clean'
 
-$(STAMP): settings.ini setup.py
+$(STAMP): settings.ini setup.py pyproject.toml
 	@[ -x $(VENV)/bin/python ] || [ -n "$(PYTHON)" ] || { \
 		echo 'No Python 3.10, 3.11 or 3.12 with venv found: install one (Debian: python3-venv), or make PYTHON=/path/to/python3.12' >&2; exit 1; }
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)

@@ -13,6 +13,8 @@ setup(
     packages=find_packages(include=['scratchdet', 'scratchdet.*']),
     install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
     python_requires='>=' + cfg['min_python'],
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
+                 *(f'Programming Language :: Python :: {o}' for o in ('3.10', '3.11', '3.12'))],
     entry_points={'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d']},
     long_description=open('README.md', encoding='utf-8').read(), long_description_content_type='text/markdown',
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']}, zip_safe=False)

@@ -18,7 +18,7 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp('wheel')
     copy = out/'copy'
     shutil.copytree(root/'scratchdet', copy/'scratchdet', ignore=shutil.ignore_patterns('__pycache__'))
-    for name in ('settings.ini', 'setup.py', 'README.md', 'LICENSE'): shutil.copy(root/name, copy)
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(root/name, copy)
     command = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--quiet', '--wheel-dir', out, copy]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -94,7 +94,8 @@ def files(root, folders=('nbs', 'scratchdet')):
     "The files below `folders` that an export or a clean may change, relative to `root`."
     found = {p.relative_to(root) for o in folders for p in (root/o).rglob('*') if p.suffix in ('.ipynb', '.py')}
     hidden = ('.', '_proc', '__pycache__')
-    return {p for p in found if p.parts[0] != 'nbs' or p.suffix == '.ipynb' if not any(o.startswith(hidden) for o in p.parts)}
+    found = {p for p in found if p.suffix == '.ipynb' or p.parts[0] != 'nbs'}
+    return {p for p in found if not any(o.startswith(hidden) for o in p.parts)} | {Path('pyproject.toml')}
 
 
 def stale(root):
@@ -102,7 +103,7 @@ def stale(root):
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)/'copy'
         copy.mkdir()
-        for o in files(root) | {Path('settings.ini'), Path('README.md'), Path('setup.py')}:
+        for o in (files(root) - {Path('pyproject.toml')}) | {Path('settings.ini'), Path('README.md'), Path('setup.py')}:
             (copy/o).parent.mkdir(parents=True, exist_ok=True)
             if o.suffix != '.py' or o.name in ('__init__.py', 'setup.py'): shutil.copy2(root/o, copy/o)
         for command in ('nbdev_export', 'nbdev_clean'):
