@@ -192,12 +192,15 @@ def test_bf16_autocast(fixed):
 
 
 def test_float64():
-    "In double precision the losses agree with float32: to its rounding before, nearly after proposals are chosen."
+    "Everything runs in double precision and agrees, but for the RPN's targets: anchors of equal IoU in float32 need not be equal in float64."
     model, batch = small(), batch_of()
     single, _ = gradients(model, batch)
+    def finest(): return model.fpn(model.backbone(model.normalize(batch.images, batch.sizes)))[0].detach()
+    features = finest()
     double, grads = gradients(model.double(), batch)
     assert all(v.dtype == torch.float64 for v in double.values()) and all(g.dtype == torch.float64 for g in grads.values())
-    for k, v in single.items(): torch.testing.assert_close(v.double(), double[k], rtol=1e-5 if 'rpn' in k else 1e-2, atol=1e-6)
+    torch.testing.assert_close(features.double(), finest(), rtol=1e-4, atol=1e-4)
+    for k, v in single.items(): torch.testing.assert_close(v.double(), double[k], rtol=.2 if 'rpn' in k else 1e-4, atol=1e-5)
 
 
 def test_a_step_is_repeatable():
