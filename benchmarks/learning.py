@@ -7,10 +7,13 @@ the order of the images and the samples.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +87,7 @@ def main():
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--evaluations', type=int, default=4, help='a run, the last at its end')
     p.add_argument('--kinds', nargs='+', default=['scratchdet', 'torchvision'])
+    p.add_argument('--jobs', type=int, default=2, help='runs at a time, with one thread each')
     p.add_argument('--out', type=Path, help='json file to write')
     args = p.parse_args()
     recipe = recipes['demo']
@@ -92,13 +96,15 @@ def main():
         recipe = replace(recipe, epochs=args.epochs, milestones=milestones)
     with tempfile.TemporaryDirectory() as folder:
         root = make_toy(Path(folder) / 'toy', train=args.train, val=args.val)
-        runs = [learn(k, replace(recipe, seed=s), root, args.evaluations) for s in args.seeds for k in args.kinds]
+        todo = [(k, replace(recipe, seed=s), root, args.evaluations) for s in args.seeds for k in args.kinds]
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+            runs = list(pool.map(learn, *zip(*todo)))
     last = {k: [r['ap'][-1] for r in runs if r['kind'] == k] for k in args.kinds}
     summary = {k: {m: dict(mean=statistics.mean(v := [o[m] for o in rows]), low=min(v), high=max(v)) for m in rows[0] if m != 'step'}
                for k, rows in last.items()}
     print(json.dumps(summary, indent=1))
     if args.out:
-        doc = dict(command='python benchmarks/learning.py', hardware=hardware(), recipe=vars(recipe), train=args.train, val=args.val,
+        doc = dict(command=' '.join(['python', *sys.argv]), hardware=hardware(), jobs=args.jobs, recipe=vars(recipe), train=args.train, val=args.val,
                    runs=runs, summary=summary)
         tmp = args.out.with_suffix('.tmp')
         tmp.write_text(json.dumps(doc))

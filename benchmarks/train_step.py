@@ -99,7 +99,7 @@ def main():
         step = build(args.one, args, args.bf16)
         for _ in range(2): step()
         return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
-    result = dict(command='python benchmarks/train_step.py', hardware=hardware(), images=args.images, size=list(args.size), objects=args.objects,
+    result = dict(command=' '.join(['python', *sys.argv]), hardware=hardware(), images=args.images, size=list(args.size), objects=args.objects,
                   rois=args.rois, repeats=args.repeats)
     for precision in 'fp32', 'bf16':
         bf16, kinds = precision == 'bf16', ('scratchdet', 'torchvision')
