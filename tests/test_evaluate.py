@@ -190,6 +190,7 @@ def test_two_processes_give_the_numbers_of_one(index, tmp_path):
     alone = evaluate(Perfect(index), index, loaders(index, 1)[0], out=tmp_path/'alone')
     script = tmp_path/'worker.py'
     script.write_text(worker)
+    (tmp_path/'shared').mkdir()
     here = __file__.rpartition('/')[0]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script,
                index.json_path.parents[1], tmp_path/'shared', here]
