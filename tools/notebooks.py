@@ -119,7 +119,7 @@ def main():
     parser.add_argument('action', choices=['run', 'check', 'sync'])
     parser.add_argument('notebooks', nargs='*', type=Path)
     parser.add_argument('--jobs', type=int, default=1, help='notebooks executed at a time')
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.action == 'sync':
         bad = stale(Path.cwd())
         if bad: sys.exit('make export changes these files; run it and commit them:\n' + '\n'.join(bad))
