@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['numbers', 'parse_args', 'detections_to_coco', 'run_pycocotools', 'run_hotcoco', 'ground_truth', 'coco_ap', 'table',
-           'detect', 'evaluate', 'load_detector', 'check_categories', 'eval_scale', 'main']
+           'detect', 'evaluate', 'check_categories', 'eval_scale', 'main']
 
 # %% ../nbs/63_evaluate.ipynb #3616993e
 import argparse
@@ -30,21 +30,21 @@ def parse_args(
 if __name__ == '__main__' and __spec__: args = parse_args()
 
 # %% ../nbs/63_evaluate.ipynb #3c5cb821
-import contextlib, io, json
+import contextlib, io
 from pathlib import Path
 import hotcoco, numpy as np, orjson, torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 from .boxes import xyxy_to_xywh
 from .masks import mask_to_rle
 from .coco import CocoIndex, coco_split, load_index
 from .loader import eval_loader
-from .detector import Detector, faster_rcnn, mask_rcnn, scale_detections
+from .detector import scale_detections
+from .weights import load_model
 
 # %% ../nbs/63_evaluate.ipynb #68a33f4a
 def detections_to_coco(
@@ -201,26 +201,6 @@ def evaluate(
         _write_json(Path(out)/'results.json', results)
     return results
 
-# %% ../nbs/63_evaluate.ipynb #1c31d756
-def load_detector(
-    path, # of a file that a training run or `scratchdet.checkpoints` wrote
-)->Detector: # in evaluation mode, on the CPU; `meta` holds `category_ids` and `category_names`
-    "The detector of a model file."
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'{path} does not exist: give the model.safetensors of a run')
-    try:
-        with safe_open(path, 'pt') as f:
-            about, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f'{path} is not a complete safetensors file ({e})') from e
-    if about.get('format') != 'scratchdet':
-        raise ValueError(f'{path} was not written by scratchdet: weights of others come in with '
-                         '`python -m scratchdet.checkpoints convert`')
-    arguments = json.loads(about['arguments'])
-    model = dict(mask_rcnn=mask_rcnn, faster_rcnn=faster_rcnn)[arguments.pop('model')](**arguments)
-    model.load_state_dict(state)
-    model.meta = json.loads(about['meta'])
-    return model.eval()
-
 # %% ../nbs/63_evaluate.ipynb #f09f7020
 def check_categories(
     meta:dict, # of a model file
@@ -236,14 +216,12 @@ def check_categories(
 
 # %% ../nbs/63_evaluate.ipynb #7b14a0c9
 def eval_scale(
-    weights, # path of the model file
+    meta:dict, # of a model file
     short:int=None, # short side that is asked for, px
     long:int=None, # longest side that is asked for, px
 )->tuple: # short side and longest side, px
     "The size at which a model wants to see images."
-    recipe = Path(weights).parent/'recipe.json'
-    saved = json.loads(recipe.read_text()) if recipe.exists() else dict(short_sides=[800], long_side=1333)
-    return short or saved['short_sides'][-1], long or saved['long_side']
+    return short or meta.get('short_side', 800), long or meta.get('long_side', 1333)
 
 # %% ../nbs/63_evaluate.ipynb #4cae901d
 def main(
@@ -253,9 +231,9 @@ def main(
     accelerator = Accelerator(cpu=args.cpu)
     silent = args.quiet or not accelerator.is_main_process
     try:
-        model, index = load_detector(args.weights), load_index(*coco_split(args.coco, args.split))
+        model, index = load_model(args.weights), load_index(*coco_split(args.coco, args.split))
         check_categories(model.meta, index, args.weights)
-        short, long = eval_scale(args.weights, args.short, args.long)
+        short, long = eval_scale(model.meta, args.short, args.long)
         loader = eval_loader(
             index, batch_size=args.batch_size, process=accelerator.process_index,
             processes=accelerator.num_processes, short=short, long=long, workers=args.workers)

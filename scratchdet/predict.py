@@ -41,7 +41,8 @@ from .coco import CocoIndex, coco_split, load_index
 from .transforms import read_image, resize_image, resized_size
 from .loader import Sample, bucket_edges, bucket_shape, collate
 from .detector import Detector, scale_detections
-from .evaluate import check_categories, detections_to_coco, eval_scale, load_detector
+from .weights import load_model
+from .evaluate import check_categories, detections_to_coco, eval_scale
 
 # %% ../nbs/65_predict.ipynb #50181271
 suffixes = '.jpg', '.jpeg', '.png', '.webp', '.gif'
@@ -113,7 +114,7 @@ def compare(
 
 # %% ../nbs/65_predict.ipynb #1f242e25
 def categories(
-    model:Detector, # of `load_detector`
+    model:Detector, # of `load_model`
 )->list: # K dicts of `id` and `name`; 1..K without names where the file says nothing
     "The model's categories as COCO writes them."
     ids = model.meta.get('category_ids') or range(1, model.num_classes + 1)
@@ -182,8 +183,8 @@ def main(
     "What `python -m scratchdet.predict` does."
     try:
         device = 'cuda' if torch.cuda.is_available() and not args.cpu else 'cpu'
-        model = load_detector(args.weights).to(device)
-        short, long = eval_scale(args.weights, args.short, args.long)
+        model = load_model(args.weights).to(device)
+        short, long = eval_scale(model.meta, args.short, args.long)
         scale = dict(short=short, long=long, score=args.score)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         paths = (_predict_split if args.coco else _predict_files)(args, model, scale)

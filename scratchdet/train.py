@@ -45,6 +45,7 @@ from .loader import eval_loader, train_loader
 from .matcher import image_keys
 from .detector import Detector, faster_rcnn, mask_rcnn, scale_detections
 from .init import init_detector
+from .weights import save_model, sync
 from .schedule import check_lr, epoch_steps, split_batch
 from .optim import check_trainable, sgd
 from .recipes import (Recipe, apply_settings, detector_arguments, load_recipe, recipe_differences,
@@ -114,17 +115,6 @@ def train_step(
     return losses
 
 # %% ../nbs/64_train.ipynb #45b5ae56
-def _sync(path):
-    "Return when the file or folder is on the disk."
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
-def _save_weights(path, model, meta):
-    "The model's weights, its constructor's arguments, and `meta`."
-    about = dict(format='scratchdet', arguments=json.dumps(model.arguments), meta=json.dumps(meta))
-    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, path, about)
-
 def checkpoints(
     folder:str, # of the checkpoints
 )->list: # folders of whole checkpoints, the newest last
@@ -138,7 +128,7 @@ def save_checkpoint(
     optimizer, # with SGD's momentum
     state:dict, # json-able; `step` is the number of steps done
     keep:int=3, # checkpoints that are kept
-    meta:dict=None, # `category_ids` and `category_names`, for those who use the weights
+    meta:dict=None, # for those who use the weights, as `save_model` takes it
 )->Path: # the new checkpoint
     "Write a checkpoint, complete or not at all, and delete the oldest."
     path = Path(folder)/f"step_{state['step']:08}"
@@ -147,12 +137,12 @@ def save_checkpoint(
     if path.exists(): return path
     new.mkdir(parents=True)
     momentum = {names[p]: o['momentum_buffer'].contiguous() for p, o in optimizer.state.items()}
-    _save_weights(new/'model.safetensors', model, meta or {})
+    save_model(new/'model.safetensors', model, meta)
     save_file(momentum, new/'momentum.safetensors')
     (new/'state.json').write_text(json.dumps(state, indent=1))
-    for o in (*new.iterdir(), new): _sync(o)
+    for o in (*new.iterdir(), new): sync(o)
     new.rename(path)
-    _sync(folder)
+    sync(folder)
     for o in checkpoints(folder)[:-keep]: shutil.rmtree(o.rename(o.with_name(f'.old_{o.name}')))
     return path
 
@@ -348,7 +338,8 @@ class Run:
         optimizer = sgd(self.detector, recipe.lr, recipe.momentum, recipe.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.detector, optimizer)
         names, ids = list(self.images.names), self.images.category_ids.tolist()
-        self.meta = dict(category_ids=ids, category_names=names)
+        self.meta = dict(category_ids=ids, category_names=names, short_side=recipe.short_sides[-1],
+                         long_side=recipe.long_side)
         self.step = _resume(self)
 
 # %% ../nbs/64_train.ipynb #8a1780f9
@@ -359,9 +350,9 @@ def _due(run):
 
 def _eval_loader(run, index, all_images=False):
     "This process's share of the images, or all of them."
-    recipe, a = run.recipe, run.accelerator
+    recipe, a, meta = run.recipe, run.accelerator, run.meta
     share = {} if all_images else dict(process=a.process_index, processes=a.num_processes)
-    return eval_loader(index, short=max(recipe.short_sides), long=recipe.long_side, buckets=recipe.buckets,
+    return eval_loader(index, short=meta['short_side'], long=meta['long_side'], buckets=recipe.buckets,
                        workers=recipe.workers, **share)
 
 def _evaluation(run):
@@ -432,10 +423,7 @@ def draw_predictions(
 def _finish(run):
     "Write the final weights and the pictures, by the main process."
     if not run.accelerator.is_main_process: return
-    new = run.out/'.new_model.safetensors'
-    _save_weights(new, run.detector, run.meta)
-    _sync(new)
-    new.rename(run.out/'model.safetensors')
+    save_model(run.out/'model.safetensors', run.detector, run.meta)
     draw_curves(run.out)
     draw_predictions(run)
 

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from scratchdet.coco import coco_split, load_index
 from scratchdet.detector import mask_rcnn
@@ -14,6 +13,7 @@ from scratchdet.loader import eval_loader
 from scratchdet.predict import find_images, main, parse_args, predict
 from scratchdet.toy import make_toy, toy_names
 from scratchdet.transforms import read_image
+from scratchdet.weights import load_model, save_model
 
 
 @pytest.fixture(scope='module')
@@ -23,16 +23,13 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    "A small untrained Mask R-CNN of the toy set's categories, and the recipe that says how large images are."
+    "A small untrained Mask R-CNN of the toy set's categories, which knows how large its images are."
     torch.manual_seed(0)
     model = mask_rcnn(num_classes=len(toy_names), blocks=(1, 1, 1, 1), width=16, channels=32, fc=32, groups=4,
                       rpn=dict(post_nms_topk=(30, 30)), max_dets=5)
-    meta = dict(category_ids=list(range(1, len(toy_names) + 1)), category_names=list(toy_names))
+    names = dict(category_ids=list(range(1, len(toy_names) + 1)), category_names=list(toy_names))
     path = tmp_path_factory.mktemp('run')/'model.safetensors'
-    about = dict(format='scratchdet', arguments=json.dumps(model.arguments), meta=json.dumps(meta))
-    save_file(model.state_dict(), path, about)
-    (path.parent/'recipe.json').write_text(json.dumps(dict(short_sides=[64], long_side=96)))
-    return path
+    return save_model(path, model, dict(**names, short_side=64, long_side=96))
 
 
 def call(*words, module='predict'):
@@ -58,9 +55,9 @@ def test_a_data_set_is_drawn_beside_its_objects(toy, weights, tmp_path):
 
 
 def test_prediction_is_evaluation(toy, weights, tmp_path):
-    from scratchdet.evaluate import load_detector
-    index, model = load_index(*coco_split(toy, 'val')), load_detector(weights)
-    short, long = eval_scale(weights)
+    index, model = load_index(*coco_split(toy, 'val')), load_model(weights)
+    short, long = eval_scale(model.meta)
+    assert (short, long) == (64, 96)
     evaluate(model, index, eval_loader(index, short=short, long=long), out=tmp_path)
     saved = json.loads((tmp_path/'detections.json').read_text())
     images = [read_image(index.path(i)) for i in range(len(index))]
@@ -112,15 +109,13 @@ def test_other_categories_are_refused(coco_mini, weights, tmp_path):
 
 
 def test_real_images_of_any_size(coco_mini, weights):
-    from scratchdet.evaluate import load_detector
     files = find_images([coco_mini/'val2017'])[:4]
     images = [read_image(o) for o in files]
-    for image, det in zip(images, predict(load_detector(weights), images, short=64, long=96)):
+    for image, det in zip(images, predict(load_model(weights), images, short=64, long=96)):
         assert det['masks'].shape[1:] == image.shape[1:] and (det['boxes'][:, 2] <= image.shape[2] + 1e-2).all()
 
 
 def test_a_tall_thin_and_a_tiny_image(weights):
-    from scratchdet.evaluate import load_detector
     images = [torch.zeros(3, h, w, dtype=torch.uint8) for h, w in ((400, 3), (3, 400), (1, 1))]
-    found = predict(load_detector(weights), images, short=64, long=96)
+    found = predict(load_model(weights), images, short=64, long=96)
     assert [tuple(o['masks'].shape[1:]) for o in found] == [(400, 3), (3, 400), (1, 1)]

@@ -12,9 +12,9 @@ import torch
 from runs import finish, losses, start, tiny, toy  # noqa: F401  (a fixture)
 
 import scratchdet.train as module
-from scratchdet.checkpoints import load_model
 from scratchdet.optim import sgd
 from scratchdet.train import build_detector, checkpoints, load_checkpoint, save_checkpoint, train
+from scratchdet.weights import load_model
 
 
 def weights(out): return load_model(Path(out)/'model.safetensors').state_dict()
@@ -58,7 +58,7 @@ def test_a_killed_run_goes_on_bit_for_bit(number, toy, tmp_path, straight):
 class Killed(BaseException): "Stands for a process that is no more."
 
 
-@pytest.mark.parametrize('place', ['save_file', '_sync', 'rename', 'rmtree'])
+@pytest.mark.parametrize('place', ['save_model', 'save_file', 'sync', 'rename', 'rmtree'])
 @pytest.mark.parametrize('when', [1, 2, 3])
 def test_a_kill_while_a_checkpoint_is_written(place, when, tmp_path, monkeypatch):
     "Whatever call is the last, a whole checkpoint is there, and it is the old one or the new one."
@@ -68,7 +68,7 @@ def test_a_kill_while_a_checkpoint_is_written(place, when, tmp_path, monkeypatch
     for t in (1, 2): save_checkpoint(tmp_path, model, optimizer, dict(step=t), keep=2)
     old = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad(): model.box_head.fc.weight.add_(1.)
-    owner = {'save_file': module, '_sync': module, 'rename': Path, 'rmtree': shutil}[place]
+    owner = {'save_model': module, 'save_file': module, 'sync': module, 'rename': Path, 'rmtree': shutil}[place]
     true, calls = getattr(owner, place), []
     def dies(*args, **kwargs):
         calls.append(args)

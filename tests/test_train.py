@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from runs import command, finish, log, losses, start, tiny, toy  # noqa: F401  (a fixture)
 
-from scratchdet.checkpoints import load_model, read_meta
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.optim import sgd
 from scratchdet.recipes import recipes
 from scratchdet.train import Run, batches, build_detector, main, parse_args, train, train_step
+from scratchdet.weights import load_model, read_meta
 
 
 @pytest.fixture(scope='module')
@@ -96,6 +96,7 @@ def test_a_run_folder(toy, tmp_path, images):
     assert lines[0]['lr'] == pytest.approx(.02 * (.001 + .999 * 2 / 3)) and lines[-1]['epoch'] == 2
     arguments, meta = read_meta(tmp_path/'run/model.safetensors')
     assert arguments['model'] == 'mask_rcnn' and meta['category_names'] == list(images.names)
+    assert (meta['short_side'], meta['long_side']) == (tiny.short_sides[-1], tiny.long_side)
     assert results['step'] == 8 and results['epoch'] == 2
 
 
