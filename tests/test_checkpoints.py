@@ -1,4 +1,4 @@
-"Checkpoints: round trips of names and files, refusals, the command."
+"Checkpoints: round trips of names, refusals, the command."
 import json
 import os
 import subprocess
@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from scratchdet import checkpoints
-from scratchdet.checkpoints import (build_model, from_detectron2, from_mmdet, load_model, load_weights, mmdet_names, model_arguments,
-                                    parse_args, read_meta, read_state, rename, save_model, to_mmdet)
+from scratchdet.checkpoints import from_detectron2, from_mmdet, mmdet_names, model_arguments, parse_args, read_state, rename, to_mmdet
 from scratchdet.detector import faster_rcnn, mask_rcnn
+from scratchdet.weights import load_model, load_weights
 
 FOLDER = Path(os.environ.get('SCRATCHDET_REFERENCE', Path(__file__).parents[1].parent/'shared'/'reference'))
 TINY = dict(blocks=(1, 1, 1, 1), width=8, channels=16, fc=24, groups=4)
@@ -54,51 +54,9 @@ def test_detectron2_names_and_colours():
     assert len(ours) == len(theirs) == 223
 
 
-@pytest.mark.parametrize('build', [mask_rcnn, faster_rcnn])
-def test_our_file_holds_all(tmp_path, build):
-    model, meta = build(**ARGS), dict(category_ids=[1, 5, 7], category_names=['a', 'b', 'c'], step=3)
-    with torch.no_grad():
-        for p in model.parameters(): p.copy_(torch.randn_like(p))
-    model.to(memory_format=torch.channels_last)
-    again = load_model(save_model(tmp_path/'m.safetensors', model, meta))
-    assert again.meta == meta and not again.training and read_meta(tmp_path/'m.safetensors')[1] == meta
-    ours, theirs = model.state_dict(), again.state_dict()
-    assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert again.finding == model.finding and again.rpn.post_nms_topk[1] == 40
-    assert [p.name for p in tmp_path.iterdir()] == ['m.safetensors']
-
-
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
-    path, model = tmp_path/'m.safetensors', faster_rcnn(**ARGS)
-    save_model(path, model)
-    before = path.read_bytes()
-    def stops(state, file, about):
-        Path(file).write_bytes(b'half')
-        raise OSError('no space left')
-    monkeypatch.setattr(checkpoints, 'save_file', stops)
-    with pytest.raises(OSError, match='no space'): save_model(path, model)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['m.safetensors']
-
-
-def test_weights_of_another_model_are_refused():
-    model, state = faster_rcnn(**ARGS), mask_rcnn(**ARGS).state_dict()
-    with pytest.raises(ValueError, match='(?s)a.pth is of another model.*mask_head.*unexpected'):
-        load_weights(model, state, 'a.pth')
-    with pytest.raises(ValueError, match=r'(?s)mask_head.*is missing'): load_weights(mask_rcnn(**ARGS), model.state_dict())
-    with pytest.raises(ValueError, match=r'box_head.cls.weight is \(5, 24\), the model has \(4, 24\)'):
-        load_weights(model, faster_rcnn(**{**ARGS, 'num_classes': 4}).state_dict())
-
-
-def test_files_that_are_not_ours(tmp_path):
-    plain, half = tmp_path/'plain.safetensors', tmp_path/'half.safetensors'
-    save_file(dict(a=torch.zeros(2)), plain)
-    with pytest.raises(ValueError, match='plain.safetensors was not written by scratchdet.*convert --from'): load_model(plain)
-    half.write_bytes(plain.read_bytes()[:20])
-    with pytest.raises(ValueError, match='half.safetensors is no complete'): load_model(half)
-    with pytest.raises(FileNotFoundError): load_model(tmp_path/'none.safetensors')
+def test_foreign_names_are_refused():
     with pytest.raises(ValueError, match="1 names are not those of a mmdet.*backbone.bn1.weight"):
         from_mmdet({'backbone.bn1.weight': torch.zeros(1)})
-    with pytest.raises(ValueError, match="model 'yolo' is not one of mask_rcnn, faster_rcnn"): build_model(dict(model='yolo'))
 
 
 class Danger:
