@@ -58,16 +58,15 @@ def draw(
     ax:plt.Axes=None, # where to draw; new axes by default
 )->plt.Axes: # with the picture
     "An image with what was found in it."
-    ax = _show_image(image, ax, title)
     n = next((len(o) for o in (boxes, masks, labels) if o is not None), 0)
     kinds = range(n) if labels is None else [int(o) for o in labels]
     colours = palette(max(kinds, default=0) + 1)
+    image = to_picture(image).clone()  # (H, W, 3)
+    for kind, mask in zip(kinds, () if masks is None else masks):
+        mask, colour = torch.as_tensor(mask).cpu().bool(), 255 * torch.tensor(colours[kind])
+        image[mask] = (.5 * image[mask] + .5 * colour).to(torch.uint8)
+    ax = _show_image(image, ax, title)
     for i, (kind, text) in enumerate(zip(kinds, _captions(labels, scores, names, n))):
-        if masks is not None:
-            mask = torch.as_tensor(masks[i]).cpu().float()                             # (H, W)
-            colour = torch.tensor(colours[kind]).expand(*mask.shape, 3)                # (H, W, 3)
-            veil = torch.cat([colour, .5 * mask[..., None]], dim=-1)                   # (H, W, 4)
-            ax.imshow(veil, extent=(0, mask.shape[1], mask.shape[0], 0))
         if boxes is None: continue
         x1, y1, x2, y2 = torch.as_tensor(boxes[i]).tolist()
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[kind], lw=1.5))
