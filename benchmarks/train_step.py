@@ -1,6 +1,6 @@
 """One training step (forward, backward, SGD) of scratchdet's Mask R-CNN and of torchvision's with the same parts, alternating.
 
-Both see the same two images with eight objects each and sample 512 RoIs an image. Each keeps its own defaults otherwise: the reference's
+Both see the same two images with eight objects each, start from the same weights and sample 512 RoIs an image. Each keeps its own defaults otherwise: the reference's
 adaptive RoIAlign here, two samples a bin in torchvision.
 
     python benchmarks/train_step.py --out results/train_step.json
@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -54,17 +53,23 @@ def stepper(model, losses, optimizer, bf16):
     return step
 
 
+def with_weights(model, ours):
+    "torchvision's model with our weights, so that both see the same proposals; its heads have rows for the background besides."
+    with torch.no_grad():
+        for a, b in zip(ours.parameters(), model.parameters(), strict=True): b[:len(a)] = a
+    return model
+
+
 def build(kind, args, bf16):
     "The step of one of the two models at a low learning rate."
     torch.manual_seed(0)
     batch = random_batch(args.images, args.size, args.objects, 80)
+    model = init_detector(mask_rcnn(80, batch_size_per_image=args.rois)).train()
     if kind == 'torchvision':
-        model = torchvision_mask_rcnn(80, args.size, rois=args.rois).train()
+        model = with_weights(torchvision_mask_rcnn(80, args.size, rois=args.rois).train(), model)
         images, targets = torchvision_inputs(batch)
         losses = lambda: model([o.clone() for o in images], targets)
     else:
-        model = mask_rcnn(80, batch_size_per_image=args.rois).train()
-        init_detector(model)
         keys = image_keys(0, 0, batch.image_ids)
         losses = lambda: model(batch, keys)
     return stepper(model, losses, sgd(model, lr=1e-3), bf16)
@@ -74,6 +79,11 @@ def hardware():
     "What the run ran on."
     with open('/proc/cpuinfo') as f: name = next((o.split(':')[1].strip() for o in f if o.startswith('model name')), platform.machine())
     return dict(cpu=name, threads=torch.get_num_threads(), torch=torch.__version__, torchvision=torchvision.__version__)
+
+
+def own_peak():
+    "Peak resident memory of this process, GB (`ru_maxrss` would count its parent's)."
+    with open('/proc/self/status') as f: return next(int(o.split()[1]) for o in f if o.startswith('VmHWM')) / 2 ** 20
 
 
 def peak_memory(kind, args, bf16):
@@ -98,7 +108,7 @@ def main():
     if args.one:
         step = build(args.one, args, args.bf16)
         for _ in range(2): step()
-        return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+        return print(own_peak())
     result = dict(command=' '.join(['python', *sys.argv]), hardware=hardware(), images=args.images, size=list(args.size), objects=args.objects,
                   rois=args.rois, repeats=args.repeats)
     for precision in 'fp32', 'bf16':

@@ -33,6 +33,7 @@ if __name__ == '__main__' and __spec__: args = parse_args()
 import json, re
 from pathlib import Path
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from .weights import build_model, load_model, load_weights, save_model
@@ -160,7 +161,9 @@ def read_state(
     path, # `.safetensors`, or what `torch.save` wrote
 )->dict: # {name: Tensor}
     "The tensors of a checkpoint; nothing in the file is executed."
-    if str(path).endswith('.safetensors'): return load_file(path)
+    if str(path).endswith('.safetensors'):
+        try: return load_file(path)
+        except SafetensorError as e: raise ValueError(f'{path} is no complete safetensors file ({e}): copy it again') from e
     try: file = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise
     except Exception as e:
