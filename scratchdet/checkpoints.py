@@ -163,7 +163,8 @@ def read_state(
     "The tensors of a checkpoint; nothing in the file is executed."
     if str(path).endswith('.safetensors'):
         try: return load_file(path)
-        except SafetensorError as e: raise ValueError(f'{path} is no complete safetensors file ({e}): copy it again') from e
+        except SafetensorError as e:
+            raise ValueError(f'{path} is no complete safetensors file ({e}): copy it again') from e
     try: file = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise
     except Exception as e:
