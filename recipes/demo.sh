@@ -2,8 +2,8 @@
 # A small Mask R-CNN on drawn images, to see everything work. `make demo` does the same on a fresh clone.
 # Command:  recipes/demo.sh RUN_DIR [--set KEY=VALUE ...]
 # Hardware: 2 CPU cores.
-# Time:     under 10 minutes.
-# Expected: box AP 0.50, box AP50 0.75, mask AP50 0.65 or more on 200 unseen images; the goal that the recipe was tuned for.
+# Time:     8 minutes on two cores of an AMD EPYC (results/demo.json).
+# Expected: box AP 0.60, box AP50 0.82, mask AP50 0.83 on 200 unseen images (results/demo.json).
 set -euo pipefail
 out=$1; shift 1
 python -m scratchdet.toy --out "$out/toy" --train 1000 --val 200 --size 128 160 --seed 0
