@@ -73,6 +73,7 @@ class Batch:
     labels:Tensor       # (N, M) int64, 0..K-1
     valid:Tensor        # (N, M) bool, False for padding
     masks:Tensor = None # (N, M, H, ceil(W/8)) uint8 packed bits, or None
+    skipped:Tensor = None # (n,) int64, ids of unreadable images in whose places others stand, or None
 
     def __len__(self): return len(self.images)
 
@@ -160,11 +161,12 @@ def hash_ids(
 
 # %% ../nbs/12_loader.ipynb #b5bc8907
 class GlobalBatch(NamedTuple):
-    "Images that make one step together."
+    "Images that make one step together, or the view that one process has of them."
     images:np.ndarray # (B,) positions in the index
     sizes:np.ndarray  # (B, 2) h, w at network scale, px
     flips:np.ndarray  # (B,) bool, mirrored
     shape:tuple       # (H, W) that all are padded to, px
+    count:int         # images of this view, from the first on; the others can stand in for them
 
 def _scaled(sizes, shorts, long, buckets, pad_to=32):
     "Resized and padded sizes, each (n, 2), of images with these short sides."
@@ -211,7 +213,8 @@ def plan_epoch(
     batches = _grouped(padded, draw(0), batch_size)
     order = np.argsort(hash_ids(np.arange(len(batches)), seed, epoch, 3))
     batches = [batches[i] for i in order]
-    return [GlobalBatch(o, scaled[o], flips[o], tuple(padded[o].max(0).tolist())) for o in batches]
+    return [GlobalBatch(o, scaled[o], flips[o], tuple(padded[o].max(0).tolist()), batch_size)
+            for o in batches]
 
 # %% ../nbs/12_loader.ipynb #8437a57f
 class Batches(Dataset):
@@ -221,25 +224,36 @@ class Batches(Dataset):
         parts:list,      # of `GlobalBatch`, the parts of this process
         masks=True,      # with masks
         objects=True,    # with objects
-    ): self.index, self.parts, self.masks, self.objects = index, parts, masks, objects
+        skip=False,      # an unreadable image is replaced; otherwise it is an error
+    ): self.index, self.parts, self.masks, self.objects, self.skip = index, parts, masks, objects, skip
 
     def __len__(self): return len(self.parts)
 
+    def _sample(self, part, j, skipped):
+        "The image at place `j`, or the next one that can be read."
+        for k in (np.arange(j, j + len(part.images)) % len(part.images)).tolist():
+            i, size, flip = int(part.images[k]), part.sizes[k].tolist(), bool(part.flips[k])
+            try: return load_sample(self.index, i, size, flip, self.masks, self.objects)
+            except (ValueError, OSError) as e:
+                if not self.skip: raise
+                error = skipped.setdefault(int(self.index.image_ids[i]), e)
+        raise ValueError(f'none of the {len(part.images)} images of a batch can be read; the last: {error}')
+
     def __getitem__(self, k):
-        images, sizes, flips, shape = self.parts[k]
-        samples = [load_sample(self.index, *o, masks=self.masks, objects=self.objects)
-                   for o in zip(images.tolist(), sizes.tolist(), flips.tolist())]
-        return collate(samples, shape)
+        part, skipped = self.parts[k], {}
+        batch = collate([self._sample(part, j, skipped) for j in range(part.count)], part.shape)
+        if skipped: batch.skipped = torch.tensor(list(skipped))
+        return batch
 
 # %% ../nbs/12_loader.ipynb #027710ff
 def _share(batches, process, processes, accumulation):
     "The parts of each global batch that one process works on, in order."
     parts = []
-    for images, sizes, flips, shape in batches:
-        each = len(images) // (processes * accumulation)
-        for start in range(process * each, len(images), processes * each):
-            own = slice(start, start + each)
-            parts.append(GlobalBatch(images[own], sizes[own], flips[own], shape))
+    for images, sizes, flips, shape, total in batches:
+        each = total // (processes * accumulation)
+        for start in range(process * each, total, processes * each):
+            own = [np.roll(o, -start, axis=0) for o in (images, sizes, flips)]
+            parts.append(GlobalBatch(*own, shape, each))
     return parts
 
 def _check_masks(index):
@@ -250,9 +264,30 @@ def _check_masks(index):
         what = f'annotation {a["annotation_ids"][row]} has no segmentation ({lacks.sum()} such annotations)'
         raise ValueError(f'{index.json_path}: {what}: add them, or train a model without masks (faster_rcnn)')
 
-def _loader(data, workers):
-    return DataLoader(data, batch_size=None, collate_fn=_same, num_workers=workers,
-                      pin_memory=torch.cuda.is_available())
+# %% ../nbs/12_loader.ipynb #ad05c72f
+class _Caught(Dataset):
+    "Errors become items, because a `DataLoader` would wrap them in the text of a stack."
+    def __init__(self, data): self.data = data
+    def __len__(self): return len(self.data)
+    def __getitem__(self, k):
+        try: return self.data[k]
+        except (ValueError, OSError) as e: return e
+
+class _Loader(DataLoader):
+    "A `DataLoader` that raises the errors of its workers as they were."
+    def __init__(self, data, workers):
+        super().__init__(_Caught(data), batch_size=None, num_workers=workers, collate_fn=_same,
+                         pin_memory=torch.cuda.is_available())
+
+    def __iter__(self):
+        try:
+            for o in super().__iter__():
+                if isinstance(o, Exception): raise o
+                yield o
+        except RuntimeError as e:
+            if 'DataLoader worker' not in str(e): raise
+            raise ChildProcessError(f'a process that reads images is gone: {str(e).splitlines()[0]} '
+                                    'Was memory short? Use --set workers= with a smaller number') from None
 
 def _same(o): return o
 
@@ -272,6 +307,7 @@ def train_loader(
     flip=.5,            # probability of a mirror image
     buckets=True,       # pad to few shapes
     masks=True,         # with masks
+    skip=False,         # replace an unreadable image by another of its global batch; False: an error
     workers=0,          # processes that decode
 )->DataLoader: # of `Batch`, `accumulation` of them for each global batch
     "The batches of one epoch for one process."
@@ -282,7 +318,8 @@ def train_loader(
     if masks: _check_masks(index)
     plan = plan_epoch(index.sizes, batch_size, seed, epoch, short_sides, long_side, flip=flip,
                       image_ids=index.image_ids, buckets=buckets)
-    return _loader(Batches(index, _share(plan[start:], process, processes, accumulation), masks), workers)
+    own = _share(plan[start:], process, processes, accumulation)
+    return _Loader(Batches(index, own, masks, skip=skip), workers)
 
 # %% ../nbs/12_loader.ipynb #7b0f37e0
 class _EvalBatches(Batches):
@@ -307,5 +344,5 @@ def eval_loader(
     for shape in np.unique(padded, axis=0):
         rows = np.flatnonzero((padded == shape).all(1))
         for o in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
-            parts.append(GlobalBatch(o, scaled[o], np.zeros(len(o), bool), tuple(shape.tolist())))
-    return _loader(_EvalBatches(index, parts[process::processes], masks=False, objects=False), workers)
+            parts.append(GlobalBatch(o, scaled[o], np.zeros(len(o), bool), tuple(shape.tolist()), len(o)))
+    return _Loader(_EvalBatches(index, parts[process::processes], masks=False, objects=False), workers)
