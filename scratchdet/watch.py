@@ -101,7 +101,8 @@ def _run(watch):
         late = find_late(first, read_beats(watch.file.parent, watch.processes), watch.processes)
         if time.monotonic() - watch.since < watch.seconds: continue
         print(f'scratchdet.train: no progress for {watch.seconds:g} s; {"; ".join(late.values())}. The same '
-              'command goes on from the newest checkpoint; --set hang_timeout= allows more', file=sys.stderr)
+              'command goes on from the newest checkpoint; --set hang_timeout= allows more',
+              file=sys.stderr, flush=True)
         os._exit(1)
 
 # %% ../nbs/55_watch.ipynb #8e22adc4
