@@ -11,9 +11,11 @@ import pytest
 import torch
 from runs import finish, losses, start, tiny, toy  # noqa: F401  (a fixture)
 
+import scratchdet.resume as writer
 import scratchdet.train as module
 from scratchdet.optim import sgd
-from scratchdet.train import build_detector, checkpoints, load_checkpoint, save_checkpoint, train
+from scratchdet.resume import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from scratchdet.train import build_detector, train
 from scratchdet.weights import load_model
 
 
@@ -58,7 +60,7 @@ def test_a_killed_run_goes_on_bit_for_bit(number, toy, tmp_path, straight):
 class Killed(BaseException): "Stands for a process that is no more."
 
 
-@pytest.mark.parametrize('place', ['save_model', 'save_file', 'sync', 'rename', 'rmtree'])
+@pytest.mark.parametrize('place', ['save_model', 'save', 'sync', 'rename', 'rmtree'])
 @pytest.mark.parametrize('when', [1, 2, 3])
 def test_a_kill_while_a_checkpoint_is_written(place, when, tmp_path, monkeypatch):
     "Whatever call is the last, a whole checkpoint is there, and it is the old one or the new one."
@@ -68,7 +70,7 @@ def test_a_kill_while_a_checkpoint_is_written(place, when, tmp_path, monkeypatch
     for t in (1, 2): save_checkpoint(tmp_path, model, optimizer, dict(step=t), keep=2)
     old = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad(): model.box_head.fc.weight.add_(1.)
-    owner = {'save_model': module, 'save_file': module, 'sync': module, 'rename': Path, 'rmtree': shutil}[place]
+    owner = dict(save_model=writer, save=writer, sync=writer, rename=Path, rmtree=shutil)[place]
     true, calls = getattr(owner, place), []
     def dies(*args, **kwargs):
         calls.append(args)
@@ -78,7 +80,7 @@ def test_a_kill_while_a_checkpoint_is_written(place, when, tmp_path, monkeypatch
     try: save_checkpoint(tmp_path, model, optimizer, dict(step=3), keep=2)
     except Killed: pass
     monkeypatch.undo()
-    newest, other = checkpoints(tmp_path)[-1], build_detector(tiny, 3)
+    newest, other = find_checkpoint(tmp_path), build_detector(tiny, 3)
     state = load_checkpoint(newest, other, sgd(other, lr=.1))
     assert state['step'] in (2, 3) and same(other.state_dict(), old if state['step'] == 2 else model.state_dict())
     save_checkpoint(tmp_path, model, optimizer, dict(step=4), keep=2)
@@ -90,7 +92,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
     path = save_checkpoint(tmp_path, model, sgd(model, lr=.1), dict(step=1))
     whole = (path/'model.safetensors').read_bytes()
     (path/'model.safetensors').write_bytes(whole[:len(whole)//2])
-    with pytest.raises(ValueError, match='model.safetensors: cannot be read.*delete its folder'): load_checkpoint(path, model, sgd(model, .1))
+    with pytest.raises(ValueError, match='model.safetensors is damaged: its size'): load_checkpoint(path, model, sgd(model, .1))
     (path/'model.safetensors').write_bytes(whole)
     with pytest.raises(ValueError, match='of another model.*box_head'):
         load_checkpoint(path, build_detector(replace(tiny, fc=48), 3), sgd(model, .1))
