@@ -7,6 +7,7 @@ __all__ = ['pack_masks', 'unpack_masks', 'rle_counts', 'to_rle', 'polygons_to_ma
            'resize_mask', 'network_mask']
 
 # %% ../nbs/03_masks.ipynb #769b45e9
+import reprlib
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ def rle_counts(
         raise ValueError('the run lengths are not a COCO string')
     starts = np.r_[0, ends[:-1] + 1]
     place = np.arange(len(digits)) - np.repeat(starts, ends - starts + 1)
+    if place.max() > 5: raise ValueError('the run lengths are not a COCO string: a number exceeds 30 bits')
     runs = np.add.reduceat((digits & 31) << 5 * place, starts) - ((digits[ends] & 16) << 5 * place[ends]) * 2
     for first in (1, 2): runs[first::2] = runs[first::2].cumsum()
     return runs
@@ -51,15 +53,19 @@ def rle_counts(
 # %% ../nbs/03_masks.ipynb #41983ddd
 def _checked_runs(segmentation, height, width):
     "The run lengths of a `counts` and `size` field, as bytes; they must fill the image."
-    counts, size = segmentation.get('counts'), segmentation.get('size')
-    if list(size or []) != [height, width]:
-        raise ValueError(f'its run lengths are for {size} (h, w), the image is {[height, width]}')
+    counts, size, pixels = segmentation.get('counts'), segmentation.get('size'), height * width
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        raise ValueError(f'its run lengths are for {reprlib.repr(size)} (h, w), the image is '
+                         f'{[height, width]}')
     if isinstance(counts, str): counts = counts.encode()
-    runs = rle_counts(counts) if isinstance(counts, bytes) else np.array(counts)
-    if runs.dtype != np.int64 or runs.ndim != 1 or runs.min(initial=0) < 0 or runs.sum() != height * width:
-        raise ValueError(f'its run lengths do not add up to the {height * width} pixels of the image')
-    if isinstance(counts, bytes): return counts
-    return coco_mask.frPyObjects(segmentation, height, width)['counts']
+    if isinstance(counts, bytes): runs = rle_counts(counts)
+    elif isinstance(counts, list) and set(map(type, counts)) <= {int}: runs = np.array(counts)
+    else: raise ValueError('its run lengths are neither whole numbers nor a COCO string')
+    if runs.dtype != np.int64 or not (0 <= runs).all() or (runs > pixels).any() or runs.sum() != pixels:
+        raise ValueError(f'its run lengths do not add up to the {pixels} pixels of the image')
+    field = dict(size=[height, width], counts=counts)
+    if isinstance(counts, list): field = coco_mask.frPyObjects(field, height, width)
+    return (field if runs[1:].all() else coco_mask.encode(coco_mask.decode(field)))['counts']
 
 # %% ../nbs/03_masks.ipynb #4f53f59b
 def to_rle(

@@ -81,19 +81,41 @@ def test_not_coco(write, name):
 
 
 deep = [0, 0, 1, 1, 2]
+
+
+def nested(depth):
+    "A list in a list in a list ..."
+    out = [1]
+    for _ in range(depth): out = [out]
+    return out
+
+
 bad_records = {  # what is wrong: (change, what the error must say)
     'image without id': (lambda d: d['images'][1].pop('id'), ['images[1]', '`id` None', 'not int']),
     'image id is text': (set_image('id', '1'), ['images[0]', "`id` '1'", 'not int']),
+    'image id is real': (set_image('id', 1.), ['images[0] (id 1.0)', '`id` 1.0', 'not int']),
+    'image id is a truth': (set_image('id', True), ['images[0] (id True)', 'not int']),
+    'image id of 80 bits': (set_image('id', 1 << 80), ['images[0]', '`id` 1208925819614629174706176', 'not int from -9223372036854775808']),
+    'second image without id': (lambda d: d['images'][1].pop('id'), ['images[1] (id None)', '`id` None']),
+    'annotation out of order': (lambda d: (d['annotations'][0].update(image_id=2), d['annotations'][1].update(image_id=1, area=None)),
+                                ['annotations[1] (id 11)', '`area` None']),
+    'annotation id of 80 bits': (set_ann('id', -1 << 80), ['annotations[0]', 'not int from']),
+    'side of a million': (set_image('width', 10**6), ['images[0] (id 1)', '`width` 1000000', 'from 1 to 65535']),
     'image twice': (set_image('id', 2), ['the id 2 occurs 2 times in `images`', 'give each its own']),
     'annotation twice': (set_ann('id', 11), ['the id 11 occurs 2 times in `annotations`', 'give each its own']),
     'category twice': (lambda d: d['categories'].append(dict(id=5, name='c')), ['the id 5 occurs 2 times in `categories`']),
     'no file name': (lambda d: d['images'][0].pop('file_name'), ['images[0] (id 1)', '`file_name` None', 'not str']),
     'no height': (lambda d: d['images'][0].pop('height'), ['images[0] (id 1)', '`height` None', 'correct the record']),
-    'height of zero': (set_image('height', 0), ['image 1 has height, width [0, 60]', 'true size']),
+    'height of zero': (set_image('height', 0), ['images[0] (id 1) has `height` 0', 'not int from 1 to 65535']),
     'width is text': (set_image('width', '60'), ["`width` '60'", 'not int']),
     'name leaves by dots': (set_image('file_name', '../secret.png'), ['image 1', "'../secret.png'", 'leaves the image folder']),
     'name leaves inside': (set_image('file_name', 'a/../../b.png'), ['image 1', 'leaves the image folder']),
     'name is absolute': (set_image('file_name', '/etc/passwd'), ['image 1', "'/etc/passwd'", 'leaves the image folder']),
+    'name leaves by backslashes': (set_image('file_name', r'a\..\..\b.png'), ['image 1', 'leaves the image folder']),
+    'name is absolute elsewhere': (set_image('file_name', r'C:\b.png'), ['image 1', 'leaves the image folder']),
+    'name with NUL': (set_image('file_name', '1.png\0.jpg'), ['images[0] (id 1)', '`file_name`', 'NUL or half a surrogate']),
+    'name with half a pair': (set_image('file_name', '\ud83d.png'), ['images[0] (id 1)', '`file_name`', 'half a surrogate pair']),
+    'category with half a pair': (lambda d: d['categories'][1].update(name='\udc00'), ['categories[1] (id 9)', 'half a surrogate']),
     'name is empty': (set_image('file_name', ''), ['image 1', 'leaves the image folder']),
     'unknown image': (set_ann('image_id', 77), ['annotation 10 has image_id 77', 'not in `images`', '(1 such']),
     'unknown category': (set_ann('category_id', 77), ['annotation 10 has category_id 77', 'not in `categories`', 'complete']),
@@ -104,17 +126,36 @@ bad_records = {  # what is wrong: (change, what the error must say)
     'box with null': (set_ann('bbox', [1, 2, None, 3]), ['annotation 10', '`bbox`', 'not finite numbers']),
     'box with nan': (set_ann('bbox', [1, 2, float('nan'), 3]), ['annotation 10', '`bbox`', 'nan', 'not finite numbers']),
     'box with infinity': (set_ann('bbox', [1, 2, float('inf'), 3]), ['annotation 10', 'inf', 'not finite numbers']),
+    'box a million wide': (set_ann('bbox', [1, 2, 1e6, 3]), ['annotation 10', '1000000.0', 'within 65535 px']),
+    'box beyond all numbers': (set_ann('bbox', [1, 2, 10**400, 3]), ['annotation 10', '`bbox`', 'not finite numbers']),
+    'box with a truth': (set_ann('bbox', [1, 2, True, 3]), ['annotation 10', 'True', 'not finite numbers']),
+    'area beyond all images': (set_ann('area', 1e300), ['annotations[0] (id 10)', '`area` 1e+300', 'not float or int from']),
     'no area': (lambda d: d['annotations'][1].pop('area'), ['annotations[1] (id 11)', '`area` None', 'not float or int']),
-    'area is nan': (set_ann('area', float('nan')), ['annotation 10 has `area` [nan]', 'not finite numbers']),
+    'area is nan': (set_ann('area', float('nan')), ['annotations[0] (id 10) has `area` nan', 'not float or int from']),
     'polygon with nan': (set_ann('segmentation', [[1, 1, 9, 1, float('nan'), 9]]), ['annotation 10', '`segmentation`', 'nan']),
+    'polygon far outside': (set_ann('segmentation', [[1, 1, 9, 1, 1e9, 9]]), ['annotation 10', 'within 65535 px']),
+    'polygon beyond all numbers': (set_ann('segmentation', [[1, 1, 9, 1, 10**400, 9]]), ['annotation 10', 'not finite numbers']),
+    'polygon with truths': (set_ann('segmentation', [[True] * 6]), ['annotation 10', 'not finite numbers']),
+    'polygon a thousand deep': (set_ann('segmentation', nested(900)), ['annotation 10', 'not finite numbers']),
+    'short polygon with nan': (set_ann('segmentation', [[5, 5, 25, 5, 25, 25], [float('nan')]]), ['annotation 10', 'nan']),
     'polygon with text': (set_ann('segmentation', [[1, 1, 9, 1, '9', 9]]), ['annotation 10', 'not finite numbers']),
     'polygon not nested': (set_ann('segmentation', deep), ['annotation 10', 'no list of lists of numbers', 'remove it']),
     'polygon too deep': (set_ann('segmentation', [[[1, 1], [9, 1], [9, 9]]]), ['annotation 10', 'not finite numbers']),
     'segmentation is text': (set_ann('segmentation', 'x'), ['annotation 10', "`segmentation` 'x'", 'no polygons or runs']),
     'crowd flag is text': (set_ann('iscrowd', 'no'), ['annotations[0] (id 10)', "`iscrowd` 'no'", 'not bool or int']),
+    'crowd flag is two': (set_ann('iscrowd', 2), ['annotations[0] (id 10)', '`iscrowd` 2', 'from 0 to 1']),
+    'ignore flag is text': (set_ann('ignore', 'no'), ['annotations[0] (id 10)', "`ignore` 'no'", 'not bool or int']),
+    'size of runs is a number': (set_ann('segmentation', dict(size=40, counts=[2400])), ['annotation 10', 'are for 40 (h, w)']),
+    'runs that wrap': (set_ann('segmentation', dict(size=[40, 60], counts=[1 << 62] * 4 + [2400])), ['annotation 10', 'do not add up']),
+    'runs beyond 64 bits': (set_ann('segmentation', dict(size=[40, 60], counts=[1 << 64])), ['annotation 10', 'do not add up']),
+    'runs are reals': (set_ann('segmentation', dict(size=[40, 60], counts=[2400.])), ['annotation 10', 'neither whole numbers']),
+    'runs in runs': (set_ann('segmentation', dict(size=[40, 60], counts=[[2400]])), ['annotation 10', 'neither whole numbers']),
+    'no runs': (set_ann('segmentation', dict(size=[40, 60], counts=[])), ['annotation 10', 'do not add up']),
+    'string of letters beyond ASCII': (set_ann('segmentation', dict(size=[40, 60], counts='é')), ['annotation 10', 'not a COCO string']),
+    'string of one long number': (set_ann('segmentation', dict(size=[40, 60], counts='o' * 99 + '0')), ['annotation 10', 'exceeds 30 bits']),
     'runs of another size': (set_ann('segmentation', dict(size=[60, 40], counts=[2400])), ['annotation 10', '[40, 60]']),
     'runs without size': (set_ann('segmentation', dict(counts=[2400])), ['annotation 10', 'the image is [40, 60]']),
-    'runs without counts': (set_ann('segmentation', dict(size=[40, 60])), ['annotation 10', 'do not add up to the 2400']),
+    'runs without counts': (set_ann('segmentation', dict(size=[40, 60])), ['annotation 10', 'neither whole numbers nor']),
     'runs too short': (set_ann('segmentation', dict(size=[40, 60], counts=[1, 2])), ['annotation 10', 'do not add up']),
     'negative runs': (set_ann('segmentation', dict(size=[40, 60], counts=[-1, 2401])), ['annotation 10', 'do not add up']),
     'string too short': (set_ann('segmentation', dict(size=[40, 60], counts='1')), ['annotation 10', 'do not add up']),
@@ -147,6 +188,8 @@ quiet = {  # what mmdetection leaves out without an error, and so do we: (change
     'one polygon of two is good': (set_ann('segmentation', [[5, 5, 25, 5, 25, 25], [1, 1]]), trained),
     'box reaches over the edge': (set_ann('bbox', [-5, -5, 200, 200]), trained),
     'no crowd flag': (lambda d: d['annotations'][0].pop('iscrowd'), trained),
+    'runs with gaps of nothing': (set_ann('segmentation', dict(size=[40, 60], counts=[0, 0, 1200, 0, 0, 40, 1160])), trained),
+    'sizes of runs are reals': (set_ann('segmentation', dict(size=[40., 60.], counts=[1200, 1200])), trained),
     'numbers with many digits': (set_ann('segmentation', [[5.123456789, 5, 25, 5, 25, 25]]), trained),
 }
 
@@ -175,10 +218,44 @@ def test_object_without_segmentation(write, segmentation):
 
 
 def test_missing_images(write, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'lacks 1 of the 2 images of .*a\.json, first 7\.png \(image 1\)'):
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of the 2 images of .*a\.json, first '7\.png' \(image 1\)"):
         write(edited(set_image('file_name', '7.png')))
-    with pytest.raises(FileNotFoundError, match=r'first b\.png \(image 2\).*complete it'):
+    with pytest.raises(FileNotFoundError, match=r"first 'sub/b\.png' \(image 2\).*complete it"):
         write(edited(set_image('file_name', 'sub/b.png', 1)))
+
+
+def test_links(write, tmp_path):
+    "The image folder may be a link, and links may lead to other places in it, but not out of it."
+    images, other = tmp_path / 'images', tmp_path / 'other'
+    other.mkdir()
+    (images / '1.png').rename(other / '1.png')
+    (images / '1.png').symlink_to(other / '1.png')
+    with pytest.raises(ValueError, match=r'images/1\.png, of image 1 in .*a\.json, is a link to .*other/1\.png, outside of .*: copy'):
+        write(document())
+    (images / '1.png').unlink()
+    (images / 'sub').symlink_to(other)
+    with pytest.raises(ValueError, match='images/sub, of image 1 in .*a.json, is a link to .*other, outside'):
+        write(edited(set_image('file_name', 'sub/1.png')))
+    (images / 'sub').unlink()
+    images.rename(tmp_path / 'elsewhere')
+    images.symlink_to(tmp_path / 'elsewhere')
+    (images / 'real.png').write_bytes((other / '1.png').read_bytes())
+    (images / '1.png').symlink_to('real.png')
+    index = write(document())
+    assert read_image(index.path(0)).shape == (3, 40, 60)
+    (images / '1.png').unlink()
+    (images / '1.png').symlink_to(other / '1.png')
+    with pytest.raises(ValueError, match='is a link to'): load_sample(index, 0, (40, 60))
+
+
+@pytest.mark.parametrize('text', ['[' * 10**5, '{"images":' * 10**5, '1' * 5000, b'\xef\xbb\xbf', b'\xff\xfe{', '{"a": "\x01"}'])
+def test_text_that_stops_a_parser(write, text):
+    with pytest.raises(ValueError, match=r'a\.json: (is not json|not a COCO instances file)'): write(text)
+
+
+def test_byte_order_mark(write):
+    assert len(write(b'\xef\xbb\xbf' + json.dumps(document()).encode())) == 2
+    assert len(write(json.dumps(document()).encode('utf-16'))) == 2
 
 
 def test_file_that_changes_while_it_is_read(write, tmp_path, monkeypatch):
