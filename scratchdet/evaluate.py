@@ -34,17 +34,16 @@ import contextlib, io
 from pathlib import Path
 import hotcoco, numpy as np, orjson, torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 from .boxes import xyxy_to_xywh
 from .masks import mask_to_rle
 from .coco import CocoIndex, coco_split, load_index
 from .loader import eval_loader
 from .detector import scale_detections
-from .weights import load_model
+from .weights import load_model, sync
 
 # %% ../nbs/63_evaluate.ipynb #68a33f4a
 def detections_to_coco(
@@ -153,13 +152,33 @@ def _by_image(model, index, loader, device):
             found[image_id] = detections_to_coco(det, image_id, index.category_ids)
     return found
 
-# %% ../nbs/63_evaluate.ipynb #deda0ec2
+# %% ../nbs/63_evaluate.ipynb #c37833d2
+def _several(accelerator): return accelerator is not None and accelerator.num_processes > 1
+
+def _to_main(found, accelerator):
+    "`found` of all processes in the main process, and None in the others."
+    if not _several(accelerator): return found
+    parts = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    distributed.gather_object(found, parts)
+    return parts and {k: v for part in parts for k, v in part.items()}
+
+# %% ../nbs/63_evaluate.ipynb #b29e643d
+def _check_all_seen(found, index, accelerator):
+    "Raise where an image of the index was seen by no process."
+    seen = [list(found)]
+    if _several(accelerator):
+        seen = [None] * accelerator.num_processes
+        distributed.all_gather_object(seen, list(found))
+    if missing := sorted(set(index.image_ids.tolist()).difference(*seen)):
+        raise RuntimeError(f'{len(missing)} of {len(index)} images were not evaluated, such as {missing[0]}: '
+                           'the loaders of all processes together must give every image of the index')
+
 def detect(
     detector:nn.Module, # a `Detector`, prepared by Accelerate or not; its mode is kept
     index:CocoIndex, # all images
     loader, # of `eval_loader`: this process's share of the images
     accelerator:Accelerator=None, # gathers over processes
-)->list: # records of all images, in the order of `index`, the same in every process
+)->list: # records of all images, in the order of `index`, in the main process; None in the others
     "Every image's detections as COCO records, each image once."
     model = accelerator.unwrap_model(detector) if accelerator else detector
     training, device = model.training, next(model.parameters()).device
@@ -167,19 +186,41 @@ def detect(
     try:
         with torch.inference_mode(): found = _by_image(model, index, loader, device)
     finally: model.train(training)
-    parts = gather_object([found]) if accelerator and accelerator.num_processes > 1 else [found]
-    found = {k: v for part in parts for k, v in part.items()}
-    if missing := [i for i in index.image_ids.tolist() if i not in found]:
-        raise RuntimeError(f'{len(missing)} of {len(index)} images were not evaluated, such as {missing[0]}: '
-                           'the loaders of all processes together must give every image of the index')
-    return [row for i in index.image_ids.tolist() for row in found[i]]
+    _check_all_seen(found, index, accelerator)
+    found = _to_main(found, accelerator)
+    return None if found is None else [row for i in index.image_ids.tolist() for row in found[i]]
 
 # %% ../nbs/63_evaluate.ipynb #f851cbaa
 def _write_json(path, doc):
     "Write `doc`, complete or not at all."
     new = path.with_suffix('.new')
     new.write_bytes(orjson.dumps(doc))
+    sync(new)
     new.replace(path)
+
+def _count(records, index, kinds, run, out):
+    "The table of all records; with `out`, both are written there."
+    truth = ground_truth(index)
+    results = {**{k: coco_ap(truth, records, k, run) for k in kinds}, 'images': len(index)}
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        _write_json(Path(out)/'detections.json', records)
+        _write_json(Path(out)/'results.json', results)
+    return results
+
+# %% ../nbs/63_evaluate.ipynb #88728cd6
+def _from_main(do, accelerator):
+    "What `do()` returns in the main process, in every process; an error there is an error everywhere."
+    if not _several(accelerator): return do()
+    answer, error = [None], None
+    if accelerator.is_main_process:
+        try: answer = [do()]
+        except Exception as e:
+            error, kind = e, next((o for o in (OSError, ValueError) if isinstance(e, o)), RuntimeError)
+            answer = [kind(f'the main process could not evaluate: {type(e).__name__}: {e}')]
+    distributed.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception): raise error or answer[0]
+    return answer[0]
 
 def evaluate(
     detector:nn.Module, # a `Detector`, prepared by Accelerate or not; its mode is kept
@@ -191,15 +232,10 @@ def evaluate(
     run=run_hotcoco, # what counts: `run_hotcoco` or `run_pycocotools`
 )->dict: # `bbox` and, with a mask head, `segm`: each what `coco_ap` returns; `images`, their number
     "COCO AP of `detector` on the images of `index`, the same in every process."
-    records, truth = detect(detector, index, loader, accelerator), ground_truth(index)
+    records = detect(detector, index, loader, accelerator)
     model = accelerator.unwrap_model(detector) if accelerator else detector
     kinds = ['bbox'] if model.mask_head is None else ['bbox', 'segm']
-    results = {**{k: coco_ap(truth, records, k, run) for k in kinds}, 'images': len(index)}
-    if out and (accelerator is None or accelerator.is_main_process):
-        Path(out).mkdir(parents=True, exist_ok=True)
-        _write_json(Path(out)/'detections.json', records)
-        _write_json(Path(out)/'results.json', results)
-    return results
+    return _from_main(lambda: _count(records, index, kinds, run, out), accelerator)
 
 # %% ../nbs/63_evaluate.ipynb #f09f7020
 def check_categories(
@@ -231,7 +267,8 @@ def main(
     accelerator = Accelerator(cpu=args.cpu)
     silent = args.quiet or not accelerator.is_main_process
     try:
-        model, index = load_model(args.weights), load_index(*coco_split(args.coco, args.split))
+        model = load_model(args.weights)
+        with accelerator.main_process_first(): index = load_index(*coco_split(args.coco, args.split))
         check_categories(model.meta, index, args.weights)
         short, long = eval_scale(model.meta, args.short, args.long)
         loader = eval_loader(

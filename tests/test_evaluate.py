@@ -1,9 +1,9 @@
 "hotcoco against pycocotools, and evaluation shared by several processes."
 import json
+import os
 import subprocess
 import sys
 from itertools import groupby
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from scratchdet.coco import coco_split, load_index
-from scratchdet.evaluate import (_by_image, coco_ap, detect, evaluate, ground_truth, numbers, run_hotcoco,
-                                 run_pycocotools)
+from scratchdet.detector import mask_rcnn
+from scratchdet.evaluate import coco_ap, detect, evaluate, ground_truth, numbers, run_hotcoco, run_pycocotools
 from scratchdet.loader import eval_loader
 from scratchdet.masks import mask_to_rle
 from scratchdet.toy import make_toy
@@ -150,55 +150,155 @@ class Perfect(nn.Module):
         return out
 
 
-def loaders(index, processes):
-    settings = dict(batch_size=2, short=64, long=128, processes=processes)
+class Noisy(Perfect):
+    "The objects moved, some twice, with masks and scores that depend on the image alone."
+    def __init__(self, index):
+        super().__init__(index)
+        self.mask_head = True
+
+    def forward(self, batch):
+        out = []
+        for image_id, size, found in zip(batch.image_ids.tolist(), batch.sizes, super().forward(batch)):
+            g, twice = torch.Generator().manual_seed(image_id), torch.arange(2 * len(found['labels'])) // 2
+            boxes = found['boxes'][twice] + 2 * torch.randn(len(twice), 4, generator=g)
+            scores, probs = torch.rand(len(twice), generator=g), torch.rand(len(twice), 28, 28, generator=g)
+            boxes = boxes.clamp(min=torch.zeros(4), max=size.flip(0).repeat(2))
+            boxes[:, 2:] = boxes[:, 2:].maximum(boxes[:, :2] + 1)
+            out.append(dict(boxes=boxes, labels=found['labels'][twice], scores=scores, mask_probs=probs ** .2))
+        return out
+
+
+def loaders(index, processes, batch_size=2):
+    settings = dict(batch_size=batch_size, short=64, long=128, processes=processes)
     return [eval_loader(index, process=p, **settings) for p in range(processes)]
 
 
-@pytest.mark.parametrize('processes', [2, 3, 16])
-def test_shares_make_the_whole(index, processes, monkeypatch):
-    whole = detect(Perfect(index), index, loaders(index, 1)[0])
-    shares = loaders(index, processes)
-    parts = [_by_image(Perfect(index), index, share, 'cpu') for share in shares]
-    assert whole and sum(map(len, parts)) == len(index)
-    fake = SimpleNamespace(num_processes=processes, unwrap_model=lambda m: m)
-    monkeypatch.setattr('scratchdet.evaluate.gather_object', lambda part: parts)
-    for share in shares: assert detect(Perfect(index), index, share, fake) == whole
-    parts[:] = parts[1:] + parts[1:]
-    with pytest.raises(RuntimeError, match='images were not evaluated, such as'):
-        detect(Perfect(index), index, shares[0], fake)
+@pytest.mark.parametrize('processes', [1, 2, 3, 16])
+@pytest.mark.parametrize('images', [0, 1, 2, 5, 7])
+@pytest.mark.parametrize('batch_size', [1, 2, 8])
+def test_each_image_is_in_one_share(index, images, processes, batch_size):
+    part = index.subset(range(images))
+    shares = [list(share) for share in loaders(part, processes, batch_size)]
+    assert len(shares) == processes
+    seen = [i for share in shares for batch, _ in share for i in batch.image_ids.tolist()]
+    assert sorted(seen) == part.image_ids.tolist() and max(map(len, shares)) - min(map(len, shares)) <= 1
+    whole = [tuple(batch.image_ids.tolist()) for batch, _ in loaders(part, 1, batch_size)[0]]
+    assert sorted(whole) == sorted(tuple(batch.image_ids.tolist()) for share in shares for batch, _ in share)
 
 
 worker = '''
 import json, sys
+from pathlib import Path
 sys.path[:0] = [sys.argv[3]]
 import torch
 from accelerate import Accelerator
-from test_evaluate import Perfect, loaders
+import test_evaluate as t
 from scratchdet.coco import coco_split, load_index
-from scratchdet.evaluate import evaluate
 torch.set_num_threads(1)
 accelerator, index = Accelerator(cpu=True), load_index(*coco_split(sys.argv[1], 'val'))
-loader = loaders(index, accelerator.num_processes)[accelerator.process_index]
-results = evaluate(accelerator.prepare(Perfect(index)), index, loader, accelerator=accelerator, out=sys.argv[2])
-with open(f'{sys.argv[2]}/of_{accelerator.process_index}.json', 'w') as f: json.dump(results, f)
+seen = t.rounds(index, accelerator, Path(sys.argv[2]))
+Path(sys.argv[2], f'of_{accelerator.process_index}.json').write_text(json.dumps(seen))
 accelerator.end_training()
 '''
 
+counts = [(0, 1), (1, 1), (1, 4), (2, 1), (3, 1), (3, 2), (5, 1), (5, 2), (5, 8), (7, 3)]  # images, images at once
 
-def test_two_processes_give_the_numbers_of_one(index, tmp_path):
-    alone = evaluate(Perfect(index), index, loaders(index, 1)[0], out=tmp_path/'alone')
-    script = tmp_path/'worker.py'
-    script.write_text(worker)
-    (tmp_path/'shared').mkdir()
-    here = __file__.rpartition('/')[0]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script,
-               index.json_path.parents[1], tmp_path/'shared', here]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+def models(index):
+    "A stand-in that finds something, and a network."
+    torch.manual_seed(0)
+    small = dict(blocks=(1, 1, 1, 1), width=16, channels=32, fc=32, groups=4, score_thresh=0., max_dets=10)
+    return Noisy(index), mask_rcnn(len(index.names), rpn=dict(post_nms_topk=(50, 50)), **small)
+
+
+def attempt(do):
+    "What a call returns, or the error that it raises."
+    try: return do()
+    except (OSError, RuntimeError, KeyError) as e: return [type(e).__name__, str(e)]
+
+
+def broken(truth, detections, kind): raise OSError(f'no space left for {len(detections)} detections')
+def strange(truth, detections, kind): raise KeyError(kind)
+
+
+def rounds(index, accelerator, out):
+    "Evaluations of many sizes, with errors between them: what this process gets."
+    several = accelerator is not None
+    place, processes = (accelerator.process_index, accelerator.num_processes) if several else (0, 1)
+    seen = {}
+    for images, batch_size in counts:
+        part = index.subset(range(images))
+        for model in models(index):
+            if several: model = accelerator.prepare(model)
+            loader, name = loaders(part, processes, batch_size)[place], f'{len(seen)} {images} {batch_size}'
+            seen[name] = evaluate(model, part, loader, accelerator=accelerator, out=out/name)
+    model, whole = Noisy(index), loaders(index, 1)[0]
+    share = loaders(index, processes)[place]
+    settings = dict(accelerator=accelerator)
+    seen['full disk'] = attempt(lambda: evaluate(model, index, share, run=broken, **settings))
+    seen['a mistake'] = attempt(lambda: evaluate(model, index, share, run=strange, **settings)) if several else None
+    seen['everyone has all'] = evaluate(model, index, whole, **settings)
+    seen['too few'] = attempt(lambda: detect(model, index, [] if place == processes - 1 else list(share)[1:], accelerator))
+    seen['alive'] = evaluate(model, index, share, **settings)
+    seen['records'] = detect(model, index, share, accelerator)
+    return seen
+
+
+def launch(script, processes, *args, timeout=300):
+    "Run a script in several processes."
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', processes, script, *args]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout, env=env)
+
+
+@pytest.fixture(scope='module')
+def alone(index, tmp_path_factory):
+    out = tmp_path_factory.mktemp('alone')
+    return rounds(index, None, out), out
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_several_processes_give_the_numbers_of_one(index, alone, processes, tmp_path):
+    script, shared, (wanted, out) = tmp_path/'worker.py', tmp_path/'shared', alone
+    shared.mkdir(), script.write_text(worker)
+    done = launch(script, processes, index.json_path.parents[1], shared, os.path.dirname(__file__))
     assert done.returncode == 0, done.stderr
-    for rank in (0, 1): assert json.loads((tmp_path/f'shared/of_{rank}.json').read_text()) == alone
-    for name in ('detections', 'results'):
-        assert (tmp_path/'shared'/f'{name}.json').read_bytes() == (tmp_path/'alone'/f'{name}.json').read_bytes()
+    wanted = json.loads(json.dumps(wanted))
+    special = 'full disk', 'a mistake', 'too few', 'records'
+    for rank in range(processes):
+        found = json.loads((shared/f'of_{rank}.json').read_text())
+        assert {k: v for k, v in found.items() if k not in special} == {k: v for k, v in wanted.items() if k not in special}
+        assert found['records'] == (wanted['records'] if rank == 0 else None)
+        assert found['full disk'][0] == 'OSError' and 'no space left for' in found['full disk'][1]
+        assert found['too few'][0] == 'RuntimeError' and 'were not evaluated, such as' in found['too few'][1]
+        if rank: assert found['a mistake'] == ['RuntimeError', "the main process could not evaluate: KeyError: 'bbox'"]
+    files = [o.relative_to(out) for o in sorted(out.rglob('*.json'))]
+    assert len(files) == 2 * 2 * len(counts)
+    for file in files: assert (shared/file).read_bytes() == (out/file).read_bytes()
+    assert wanted['18 7 3']['bbox']['AP50'] > .1 and wanted['18 7 3']['segm']['AR100'] > 0
+
+
+fails = '''
+import sys
+sys.path[:0] = [sys.argv[2]]
+from accelerate import Accelerator
+import test_evaluate as t
+from scratchdet.coco import coco_split, load_index
+accelerator, index = Accelerator(cpu=True), load_index(*coco_split(sys.argv[1], 'val'))
+def share():
+    for i, o in enumerate(t.loaders(index, 2, 1)[accelerator.process_index]):
+        if i == 1 and accelerator.process_index: raise ValueError('the image is not an image')
+        yield o
+t.evaluate(t.Noisy(index), index, share(), accelerator=accelerator)
+print('never reached')
+'''
+
+
+def test_a_process_that_fails_ends_all(index, tmp_path):
+    script = tmp_path/'fails.py'
+    script.write_text(fails)
+    done = launch(script, 2, index.json_path.parents[1], os.path.dirname(__file__), timeout=120)
+    assert done.returncode != 0 and 'the image is not an image' in done.stderr and 'never' not in done.stdout
 
 
 def test_files_are_whole_or_absent(index, tmp_path, monkeypatch):
