@@ -280,14 +280,9 @@ class _Loader(DataLoader):
                          pin_memory=torch.cuda.is_available())
 
     def __iter__(self):
-        try:
-            for o in super().__iter__():
-                if isinstance(o, Exception): raise o
-                yield o
-        except RuntimeError as e:
-            if 'DataLoader worker' not in str(e): raise
-            raise ChildProcessError(f'a process that reads images is gone: {str(e).splitlines()[0]} '
-                                    'Was memory short? Use --set workers= with a smaller number') from None
+        for o in super().__iter__():
+            if isinstance(o, Exception): raise o
+            yield o
 
 def _same(o): return o
 

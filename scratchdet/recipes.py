@@ -40,6 +40,7 @@ class DataSettings:
     long_side:int=1333 # longest side, px
     flip:float=.5 # share of images that are mirrored
     buckets:bool=True # pad to a few shapes per orientation; False pads to a multiple of 32
+    on_bad_image:str='stop' # an unreadable training image: 'stop', or 'skip' it and count
 
 # %% ../nbs/62_recipes.ipynb #45cdd836
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ class RunSettings:
     checkpoint_every:int=1000 # steps between checkpoints
     keep:int=3 # checkpoints that are kept
     report_every:int=50 # steps between lines of the log
+    hang_timeout:int=900 # seconds without progress after which a run ends
 
 # %% ../nbs/62_recipes.ipynb #75567e51
 def _wrong(r):
     "What is wrong with the recipe `r`, one sentence each."
     model = 'width channels fc groups rpn_batch roi_batch max_dets'
-    for k in f'{model} long_side batch_size lr keep checkpoint_every report_every'.split():
+    for k in f'{model} long_side batch_size lr keep checkpoint_every report_every hang_timeout'.split():
         if not getattr(r, k) > 0: yield f'{k}={getattr(r, k)} must be more than 0'
     for f in fields(r):
         if f.type is float and not isfinite(getattr(r, f.name)): yield f'{f.name} must be finite'
@@ -85,6 +87,7 @@ def _wrong(r):
     if min(r.short_sides, default=0) < 1: yield f'short_sides={r.short_sides} must be numbers, 1 or more'
     if not 0 <= r.flip <= 1: yield f'flip={r.flip} must be from 0 to 1'
     if r.precision not in ('fp32', 'bf16'): yield f"precision='{r.precision}' must be fp32 or bf16"
+    if r.on_bad_image not in ('stop', 'skip'): yield f"on_bad_image='{r.on_bad_image}' must be stop or skip"
     if (r.epochs > 0) == (r.iterations > 0): yield 'either epochs or iterations must be more than 0'
 
 # %% ../nbs/62_recipes.ipynb #91655bab
