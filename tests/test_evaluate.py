@@ -301,6 +301,17 @@ def test_a_process_that_fails_ends_all(index, tmp_path):
     assert done.returncode != 0 and 'the image is not an image' in done.stderr and 'never' not in done.stdout
 
 
+@pytest.mark.slow
+def test_the_benchmark_compares_all_tables(tmp_path):
+    file, script = tmp_path/'of.json', os.path.join(os.path.dirname(__file__), '..', 'benchmarks', 'evaluation.py')
+    command = [sys.executable, script, '--images', '40', '--detections', '20', '--out', str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found['same_table'] and found['same_detections'] and found['largest_difference_to_pycocotools'] <= 1e-9
+    assert (found['images'], found['objects'], len(found['two_processes'])) == (40, 288, 2) and found['results']['segm']['AP'] > 0
+
+
 def test_files_are_whole_or_absent(index, tmp_path, monkeypatch):
     evaluate(Perfect(index), index, loaders(index, 1)[0], out=tmp_path)
     before = (tmp_path/'results.json').read_bytes()
