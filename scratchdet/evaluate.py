@@ -30,7 +30,7 @@ def parse_args(
 if __name__ == '__main__' and __spec__: args = parse_args()
 
 # %% ../nbs/63_evaluate.ipynb #3c5cb821
-import contextlib, io
+import contextlib, io, sys
 from pathlib import Path
 import hotcoco, numpy as np, orjson, torch
 from accelerate import Accelerator
@@ -44,6 +44,7 @@ from .coco import CocoIndex, coco_split, load_index
 from .loader import eval_loader
 from .detector import scale_detections
 from .weights import load_model, sync
+from .watch import MainFailed, by_main, lost_process
 
 # %% ../nbs/63_evaluate.ipynb #68a33f4a
 def detections_to_coco(
@@ -209,19 +210,6 @@ def _count(records, index, kinds, run, out):
     return results
 
 # %% ../nbs/63_evaluate.ipynb #88728cd6
-def _from_main(do, accelerator):
-    "What `do()` returns in the main process, in every process; an error there is an error everywhere."
-    if not _several(accelerator): return do()
-    answer, error = [None], None
-    if accelerator.is_main_process:
-        try: answer = [do()]
-        except Exception as e:
-            error, kind = e, next((o for o in (OSError, ValueError) if isinstance(e, o)), RuntimeError)
-            answer = [kind(f'the main process could not evaluate: {type(e).__name__}: {e}')]
-    distributed.broadcast_object_list(answer)
-    if isinstance(answer[0], Exception): raise error or answer[0]
-    return answer[0]
-
 def evaluate(
     detector:nn.Module, # a `Detector`, prepared by Accelerate or not; its mode is kept
     index:CocoIndex, # all images, and what is to be found
@@ -235,7 +223,7 @@ def evaluate(
     records = detect(detector, index, loader, accelerator)
     model = accelerator.unwrap_model(detector) if accelerator else detector
     kinds = ['bbox'] if model.mask_head is None else ['bbox', 'segm']
-    return _from_main(lambda: _count(records, index, kinds, run, out), accelerator)
+    return by_main(lambda: _count(records, index, kinds, run, out), accelerator)
 
 # %% ../nbs/63_evaluate.ipynb #f09f7020
 def check_categories(
@@ -267,8 +255,9 @@ def main(
     accelerator = Accelerator(cpu=args.cpu)
     silent = args.quiet or not accelerator.is_main_process
     try:
-        model = load_model(args.weights)
-        with accelerator.main_process_first(): index = load_index(*coco_split(args.coco, args.split))
+        model, split = load_model(args.weights), coco_split(args.coco, args.split)
+        by_main(lambda: len(load_index(*split)), accelerator)
+        index = load_index(*split)
         check_categories(model.meta, index, args.weights)
         short, long = eval_scale(model.meta, args.short, args.long)
         loader = eval_loader(
@@ -277,7 +266,11 @@ def main(
         results = evaluate(
             model.to(accelerator.device), index, tqdm(loader, disable=silent), accelerator=accelerator,
             out=args.out, run=run_pycocotools if args.pycocotools else run_hotcoco)
-    except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.evaluate: {e}')
+    except (ValueError, OSError) as e: sys.exit(f'scratchdet.evaluate: {e}')
+    except MainFailed: sys.exit(1)
+    except RuntimeError as e:
+        if not (lost := lost_process(e)): raise
+        sys.exit(f'scratchdet.evaluate: {lost}')
     if not silent: print(table(results))
     return results
 

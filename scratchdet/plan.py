@@ -38,7 +38,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .coco import coco_split, load_index, training_images
 from .loader import Batch, bucket_edges, bucket_shape
 from .schedule import check_lr, epoch_steps, split_batch
-from .recipes import Recipe, apply_settings, load_recipe, recipe_schedule, recipes
+from .recipes import Recipe, find_recipe, recipe_schedule
 from .train import build_detector
 
 # %% ../nbs/66_plan.ipynb #2bdebd1f
@@ -198,13 +198,6 @@ def report(
     return '\n'.join([title, '', *(f'{k:<12}{v}' for k, v in rows)])
 
 # %% ../nbs/66_plan.ipynb #a9d7e8b7
-def _recipe(args):
-    "The recipe of the command line."
-    if args.recipe.endswith('.json'): recipe = load_recipe(args.recipe)
-    elif args.recipe in recipes: recipe = recipes[args.recipe]
-    else: raise ValueError(f'no recipe {args.recipe!r}; there are {", ".join(recipes)}, or a recipe.json')
-    return apply_settings(recipe, args.set)
-
 def _data(args):
     "Images to train on, categories, images to evaluate, and where these numbers are from."
     if not args.coco:
@@ -221,7 +214,7 @@ def main(
 )->dict: # what `plan` returns
     "What `python -m scratchdet.plan` does."
     try:
-        recipe = _recipe(args)
+        recipe = find_recipe(args.recipe, args.set)
         check_lr(recipe.lr, recipe.batch_size, recipe.allow_lr_mismatch)
         images, classes, val, source = _data(args)
         cost = plan(recipe, images, args.processes, args.images_per_second, classes)

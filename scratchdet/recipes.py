@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipes', 'ModelSettings', 'DataSettings', 'LearnSettings', 'RunSettings', 'Recipe', 'detector_arguments',
-           'recipe_schedule', 'apply_settings', 'save_recipe', 'load_recipe', 'recipe_differences', 'times']
+           'recipe_schedule', 'apply_settings', 'save_recipe', 'load_recipe', 'recipe_differences', 'times',
+           'find_recipe']
 
 # %% ../nbs/62_recipes.ipynb #31e144ad
 import json
@@ -155,20 +156,26 @@ def save_recipe(
 )->Path: # the file
     "Write the recipe as json, one value a line."
     path = Path(path)
-    path.write_text(json.dumps(asdict(recipe), indent=1) + '\n')
-    return path
+    new = path.with_suffix('.new')
+    new.write_text(json.dumps(asdict(recipe), indent=1) + '\n')
+    return new.replace(path)
 
 # %% ../nbs/62_recipes.ipynb #f4023487
 def load_recipe(
     path:str, # json file that `save_recipe` wrote
 )->Recipe: # the recipe
-    "Read a recipe; every value is checked by name."
+    "Read a recipe; every value is checked by name and type."
     try: values = json.loads(Path(path).read_text())
     except ValueError as e: raise ValueError(f'{path}: not a recipe, because it is not json ({e})') from None
-    names = {o.name for o in fields(Recipe)}
-    if odd := sorted(names.symmetric_difference(values)):
+    if not isinstance(values, dict): raise ValueError(f'{path}: not a recipe, because it holds no names')
+    types = {o.name: o.type for o in fields(Recipe)}
+    if odd := sorted(types.keys() ^ values.keys()):
         raise ValueError(f'{path}: written by another version; it differs from this one in {", ".join(odd)}')
-    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for k, v in values.items():
+        if type(v) is not types[k] and (type(v), types[k]) != (int, float):
+            raise ValueError(f'{path}: {k} is {v!r}, not {_readers[types[k]][1]}')
+    return Recipe(**values)
 
 # %% ../nbs/62_recipes.ipynb #108b2ed3
 def recipe_differences(
@@ -205,3 +212,13 @@ _coco_mini = replace(
 _others = [times(o, k) for o in (_mask_6x, _faster_6x) for k in (1, 2, 3, 4, 5, 9)]
 
 recipes = {o.name: o for o in (_mask_6x, _faster_6x, *_others, _demo, _coco_mini)}
+
+# %% ../nbs/62_recipes.ipynb #98346dc7
+def find_recipe(
+    name:str, # of a recipe, or of a json file
+    settings:list=(), # texts `key=value`
+)->Recipe: # with the settings
+    "The recipe that a command line means."
+    if name.endswith('.json'): return apply_settings(load_recipe(name), settings)
+    if name in recipes: return apply_settings(recipes[name], settings)
+    raise ValueError(f'no recipe {name!r}; there are {", ".join(recipes)}, or a recipe.json')

@@ -18,6 +18,7 @@ from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.norm import GroupNorm
 from scratchdet.recipes import save_recipe
 from scratchdet.train import batches, build_detector, train, train_step
+from scratchdet.watch import by_main
 
 root = Path(__file__).resolve().parents[1]
 sixteen = replace(tiny, batch_size=16, images_per_process=16, short_sides=(64,), roi_batch=16, rpn_batch=32)
@@ -141,3 +142,19 @@ def test_two_machines_run_the_launch_file(toy, tmp_path):  # noqa: F811
     assert log(tmp_path/'run')[0]['loss'] == pytest.approx(log(tmp_path/'alone')[0]['loss'], rel=1e-4)
     results = [json.loads((tmp_path/o/'eval/step_00000004.json').read_text()) for o in ('run', 'alone')]
     assert results[0]['images'] == results[1]['images'] == 4 and len(log(tmp_path/'run')) == 4
+
+
+def answers(what):
+    "What `by_main` gives, or raises, in a process of several."
+    accelerator = Accelerator(cpu=True)
+    def do():
+        assert accelerator.is_main_process
+        return 3 if what == 'sum' else 1 / 0
+    try: return by_main(do, accelerator)
+    except Exception as e: return type(e).__name__, str(e)
+
+
+def test_the_main_process_answers_for_all():
+    assert run_ranks(answers, 3, 'sum') == [3, 3, 3]
+    failed = 'MainFailed', 'the main process failed: division by zero'
+    assert run_ranks(answers, 3, 'wrong') == [('ZeroDivisionError', 'division by zero'), failed, failed]

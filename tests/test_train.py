@@ -85,8 +85,10 @@ def test_faster_rcnn_trains_too(toy, tmp_path):
 def test_a_run_folder(toy, tmp_path, images):
     results = train(replace(tiny, eval_every=1, keep=1, report_every=3), toy, tmp_path/'run', progress=False)
     names = {o.relative_to(tmp_path/'run').as_posix() for o in (tmp_path/'run').rglob('*') if o.is_file()}
-    point = [f'checkpoints/step_00000008/{o}' for o in ('model.safetensors', 'momentum.safetensors', 'state.json')]
-    assert names == {'recipe.json', 'log.jsonl', 'model.safetensors', 'curves.png', 'predictions.png',
+    best = max((4, 8), key=lambda o: json.loads((tmp_path/f'run/eval/step_{o:08}.json').read_text())['bbox']['AP'])
+    point = [f'checkpoints/step_{step:08}/{o}' for step in {best, 8}
+             for o in ('model.safetensors', 'momentum.safetensors', 'state.json', 'manifest.json')]
+    assert names == {'recipe.json', 'log.jsonl', 'lock', 'model.safetensors', 'curves.png', 'predictions.png',
                      'eval/step_00000004.json', 'eval/step_00000008.json', *point}
     lines = log(tmp_path/'run')
     assert [o['step'] for o in lines] == [3, 4, 6, 8]                                # reports, checkpoints, evaluations
