@@ -160,7 +160,8 @@ def test_momentum_of_another_model_changes_nothing(tmp_path):
     path = save_checkpoint(tmp_path, model, optimizer, dict(step=1))
     other, its = small(1)
     before = state(other, its)
-    with pytest.raises(ValueError, match='momentum.safetensors: of another model; 2 tensors differ, such as box_head.fc'): load_checkpoint(path, other, its)
+    with pytest.raises(ValueError, match='momentum.safetensors: of another model; 2 tensors differ, such as box_head.fc'):
+        load_checkpoint(path, other, its)
     assert same_states(state(other, its), before)
 
 
