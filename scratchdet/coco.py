@@ -345,7 +345,7 @@ def _check_files(index):
     for prefix, i in {o[:o.rfind('/') + 1]: i for i, o in enumerate(names)}.items():
         folder = _inside(index, i, prefix)
         for o in os.scandir(folder) if os.path.isdir(folder) else ():
-            (links if o.is_symlink() else files).add(prefix + o.name)
+            if not o.is_dir(): (links if o.is_symlink() else files).add(prefix + o.name)
     for i in (i for i, o in enumerate(names if links else ()) if o in links): index.path(i)
     files |= links
     lost = [] if files.issuperset(names) else [i for i, o in enumerate(names) if o not in files]

@@ -258,6 +258,12 @@ def test_byte_order_mark(write):
     assert len(write(json.dumps(document()).encode('utf-16'))) == 2
 
 
+def test_folder_in_place_of_an_image(write, tmp_path):
+    (tmp_path / 'images/3.png').mkdir()
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of the 2 images of .*a\.json, first '3\.png' \(image 1\)"):
+        write(edited(set_image('file_name', '3.png')))
+
+
 def test_file_that_changes_while_it_is_read(write, tmp_path, monkeypatch):
     "A cache must never hold another content than its name says."
     import scratchdet.coco as coco
