@@ -3,6 +3,7 @@
 #   make test    notebooks in sync and executed, tests, documentation: what CI runs
 #   make docs    the site, in _docs/
 #   make slow    the tests that take minutes
+#   make fuzz    100,000 lying inputs; make fuzz INPUTS=1000000 for a night
 #   make install only the environment
 #   make help    all targets
 # make VENV=/somewhere/else PYTHON=python3.12 test   uses another environment and interpreter
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 DEMO ?= demo
 JOBS ?= 2
+INPUTS ?= 100000
 STAMP := $(VENV)/.scratchdet
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -20,7 +22,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.10; do \
 	$$p -c '$(USABLE)' 2>/dev/null && { echo $$p; break; }; done)
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' | sort)
 
-.PHONY: help install demo test sync notebooks pytest slow docs docs-check export readme clean
+.PHONY: help install demo test sync notebooks pytest slow fuzz docs docs-check export readme clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -59,6 +61,9 @@ pytest: $(STAMP)
 
 slow: $(STAMP)
 	python -m pytest tests -m slow
+
+fuzz: $(STAMP)
+	SCRATCHDET_FUZZ=$(INPUTS) python -m pytest tests/test_fuzz.py
 
 docs: $(STAMP)
 	python tools/docs.py build

@@ -2,7 +2,8 @@
 # Any run on a SLURM cluster, 2 machines with 8 GPUs each; the same line again continues it.
 # Command:  sbatch recipes/slurm.sh mask_rcnn_r50_fpn_gn_scratch_6x COCO_DIR RUN_DIR [--set KEY=VALUE ...]
 # Hardware: 2 x 8 GPUs; change --nodes and --gpus-per-node together with the numbers below. RUN_DIR is on a disk that both machines see.
-# Time:     that of the run; two minutes before the limit every process gets SIGTERM, writes a checkpoint and ends.
+# Time:     that of the run; two minutes before the limit every process gets SIGTERM, a checkpoint is written, and the job ends. Not USR1:
+#           the launcher does not know it and would end at once, without a checkpoint.
 # Expected: that of the run; the number of GPUs changes nothing else.
 #SBATCH --job-name=scratchdet
 #SBATCH --nodes=2

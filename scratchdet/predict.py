@@ -125,12 +125,13 @@ def categories(
 def to_coco(
     files:list, # M image paths
     sizes:list, # M (height, width), px
-    records:list, # of `detections_to_coco`, where image `i` of `files` has the id `i + 1`
+    ids:list, # M numbers of the images
+    records:list, # of `detections_to_coco`
     categories:list, # K dicts of `id` and `name`
 )->dict: # `images`, `categories`, `annotations`
     "Detections as a COCO dataset."
     images = [dict(id=i, file_name=str(file), height=int(h), width=int(w))
-              for i, (file, (h, w)) in enumerate(zip(files, sizes), 1)]
+              for i, file, (h, w) in zip(ids, files, sizes)]
     rows = [dict(id=i, area=o['bbox'][2] * o['bbox'][3], iscrowd=0, **o) for i, o in enumerate(records, 1)]
     return dict(images=images, categories=categories, annotations=rows)
 
@@ -151,30 +152,35 @@ def picture_paths(
     return paths
 
 # %% ../nbs/65_predict.ipynb #d3fa6233
-def _predict_files(args, model, scale):
-    "Pictures and `predictions.json` of image files."
-    files, kinds, sizes, records = find_images(args.images), categories(model), [], []
-    paths = picture_paths(files, args.out)
-    for i, (file, path) in enumerate(zip(tqdm(files, disable=args.quiet), paths), 1):
-        image = read_image(file)
-        det, = predict(model, [image], **scale)
-        save_picture(image, det, path, [o['name'] for o in kinds])
-        sizes.append(image.shape[-2:])
-        records += detections_to_coco(det, i, [o['id'] for o in kinds])
-    (Path(args.out)/'predictions.json').write_bytes(orjson.dumps(to_coco(files, sizes, records, kinds)))
-    return paths
-
-def _predict_split(args, model, scale):
-    "Pictures of a data set's first images, beside what is there."
+def _source(args, model):
+    "Files, their numbers, and how to draw file `i`, which is `image`, with the detections `det` to `path`."
+    if args.images:
+        files, names = find_images(args.images), [o['name'] for o in categories(model)]
+        def draw_alone(i, image, det, path): save_picture(image, det, path, names)
+        return files, range(1, len(files) + 1), draw_alone
     index = load_index(*coco_split(args.coco, args.split))
     check_categories(model.meta, index, args.weights)
-    some = range(min(args.count, len(index)))
-    paths = picture_paths([index.path(i) for i in some], args.out)
-    for i, path in zip(tqdm(some, disable=args.quiet), paths):
-        fig = compare(index, i, *predict(model, [read_image(index.path(i))], **scale), args.score)
+    def draw_beside(i, image, det, path):
+        fig = compare(index, i, det, args.score)
         fig.savefig(path, dpi=100)
         plt.close(fig)
-    return paths
+    some = range(min(args.count, len(index)))
+    return [index.path(i) for i in some], index.image_ids[some.start:some.stop].tolist(), draw_beside
+
+def _predict_all(args, model, scale):
+    "Draw every picture and write `predictions.json`; the pictures, and how many objects are in them."
+    files, ids, draw = _source(args, model)
+    paths, kinds, sizes, records = picture_paths(files, args.out), categories(model), [], []
+    for i, path in enumerate(tqdm(paths, disable=args.quiet)):
+        image = read_image(files[i])
+        det, = predict(model, [image], **scale)
+        draw(i, image, det, path)
+        sizes.append(image.shape[-2:])
+        records += detections_to_coco(det, ids[i], [o['id'] for o in kinds])
+    new = Path(args.out)/'predictions.new'
+    new.write_bytes(orjson.dumps(to_coco(files, sizes, ids, records, kinds)))
+    new.replace(new.with_suffix('.json'))
+    return paths, len(records)
 
 # %% ../nbs/65_predict.ipynb #370de19f
 def main(
@@ -187,9 +193,10 @@ def main(
         short, long = eval_scale(model.meta, args.short, args.long)
         scale = dict(short=short, long=long, score=args.score)
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        paths = (_predict_split if args.coco else _predict_files)(args, model, scale)
+        paths, found = _predict_all(args, model, scale)
     except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.predict: {e}')
-    if not args.quiet: print(f'{len(paths)} pictures in {args.out}')
+    less = '' if found else f'; nothing scores {args.score:g} or more: --score takes less'
+    if not args.quiet: print(f'{len(paths)} pictures with {found} detections in {args.out}{less}')
     return paths
 
 # %% ../nbs/65_predict.ipynb #4aff361a
