@@ -345,9 +345,9 @@ def _check_files(index):
     for prefix, i in {o[:o.rfind('/') + 1]: i for i, o in enumerate(names)}.items():
         folder = _inside(index, i, prefix)
         for o in os.scandir(folder) if os.path.isdir(folder) else ():
-            if not o.is_dir(): (links if o.is_symlink() else files).add(prefix + o.name)
-    for i in (i for i, o in enumerate(names if links else ()) if o in links): index.path(i)
-    files |= links
+            if o.is_symlink() or o.is_file(): (links if o.is_symlink() else files).add(prefix + o.name)
+    used = (i for i, o in enumerate(names if links else ()) if o in links)
+    files |= {names[i] for i in used if os.path.isfile(index.path(i))}
     lost = [] if files.issuperset(names) else [i for i, o in enumerate(names) if o not in files]
     if lost:
         first = f'{_show(names[lost[0]])} (image {index.image_ids[lost[0]]})'

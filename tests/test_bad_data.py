@@ -260,8 +260,10 @@ def test_byte_order_mark(write):
 
 def test_folder_in_place_of_an_image(write, tmp_path):
     (tmp_path / 'images/3.png').mkdir()
-    with pytest.raises(FileNotFoundError, match=r"lacks 1 of the 2 images of .*a\.json, first '3\.png' \(image 1\)"):
-        write(edited(set_image('file_name', '3.png')))
+    for link, to in (('4.png', '3.png'), ('5.png', '5.png'), ('6.png', 'nowhere')): (tmp_path / 'images' / link).symlink_to(to)
+    for name in ('3.png', '4.png', '5.png', '6.png'):
+        with pytest.raises(FileNotFoundError, match=rf"lacks 1 of the 2 images of .*a\.json, first '{name}' \(image 1\)"):
+            write(edited(set_image('file_name', name)))
 
 
 def test_file_that_changes_while_it_is_read(write, tmp_path, monkeypatch):
