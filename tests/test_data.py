@@ -50,6 +50,20 @@ def test_every_annotation_equals_pycocotools(toy, tmp_path):
         assert seen > 40
 
 
+def test_drawn_file_of_the_benchmark(tmp_path, monkeypatch):
+    "At small size it is what pycocotools reads, blocks and crowds included."
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / 'benchmarks'))
+    from coco_index import write_coco
+    images = write_coco(tmp_path / 'a.json', images=30, annotations=500, block=150)
+    index = load_index(tmp_path / 'a.json', images, cache=tmp_path / 'cache')
+    with redirect_stdout(io.StringIO()): coco = COCO(str(tmp_path / 'a.json'))
+    assert len(index) == 30 and len(coco.anns) == len(index.arrays['labels']) == 500 and index.arrays['iscrowd'].any()
+    for i, image_id in enumerate(index.image_ids.tolist()):
+        anns, rows = coco.loadAnns(coco.getAnnIds(imgIds=[image_id])), index.target(i, every=True)['rows']
+        assert index.arrays['annotation_ids'][rows].tolist() == [o['id'] for o in anns]
+        for mask, ann in zip(index.bitmaps(i, rows), anns): np.testing.assert_array_equal(mask, coco.annToMask(ann))
+
+
 def test_network_masks_equal_the_long_way(toy, tmp_path):
     "Packed masks at 800 px, mirrored or not, against resizing every bitmap."
     seen = 0
