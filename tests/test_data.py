@@ -101,6 +101,19 @@ def test_run_lengths_in_every_form():
         assert to_rle(field, 13, 17)['counts'] == rle['counts']
 
 
+@pytest.mark.parametrize('ring', [[0, 0, 1e9, 0, 1e9, 1e9], [0, 0, 9, 0, np.nan, 9], [0, 0, -np.inf, 0, 9, 9], [65535, 65535, -65535, -65535] * 2000])
+def test_polygons_that_would_end_the_program(ring):
+    "pycocotools writes more of an outline than the memory it has asked for."
+    for f in (to_rle, polygons_to_mask):
+        with pytest.raises(ValueError, match='its polygons are not finite, leave 65535 px, or are longer than 4194240 px'): f([ring], 40, 60)
+
+
+@pytest.mark.parametrize('size', [[0, 60], [40, 61], [1, 2399]])
+def test_run_lengths_of_another_image(size):
+    rle = dict(to_rle([[0, 0, 9, 0, 9, 9]], 40, 60), size=size)
+    with pytest.raises(ValueError, match=f'do not add up to the pixels of a {size[0]}x{size[1]} image'): network_mask(rle, 80, 120)
+
+
 def test_cache_goes_where_told(toy, tmp_path, monkeypatch):
     "Argument, then variable, then beside the json, then the user's folder when the json's is read-only."
     paths = coco_split(toy, 'val')
