@@ -6,4 +6,5 @@
 # Expected: a loss that falls; AP near 0, because 80 images from random weights teach almost nothing (the paper: 3.5 with 1,000 images).
 set -euo pipefail
 coco=$1 out=$2; shift 2
-accelerate launch --cpu --num_processes 1 -m scratchdet.train --recipe coco_mini --coco "$coco" --out "$out" "$@"
+accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    -m scratchdet.train --recipe coco_mini --coco "$coco" --out "$out" "$@"

@@ -42,9 +42,9 @@ class Detector(nn.Module):
         fixed_mask_rois:int=None, # RoIs of an image for the mask head in training; None takes the positives
     ):
         super().__init__()
-        self.backbone, self.fpn, self.rpn = backbone, fpn, rpn
-        self.box_head, self.mask_head = box_head, mask_head
-        self.num_classes, self.fixed_mask_rois = num_classes, fixed_mask_rois
+        if num_classes < 1: raise ValueError(f'num_classes={num_classes} must be 1 or more')
+        self.backbone, self.fpn, self.rpn, self.num_classes = backbone, fpn, rpn, num_classes
+        self.box_head, self.mask_head, self.fixed_mask_rois = box_head, mask_head, fixed_mask_rois
         self.sampling = dict(
             num_classes=num_classes, batch_size_per_image=batch_size_per_image,
             positive_fraction=positive_fraction, iou_thresh=iou_thresh, low_quality=low_quality)

@@ -48,6 +48,8 @@ class ResNet(nn.Module):
         groups:int=32, # of each norm
     ):
         super().__init__()
+        if len(blocks) != 4 or min(blocks) < 1:
+            raise ValueError(f'blocks={blocks} must be four numbers, 1 or more')
         self.stem = ConvNorm(3, width, 7, 2, groups=groups)
         self.stages, c_in = nn.ModuleList(), width
         for l, depth in enumerate(blocks):

@@ -8,20 +8,23 @@ __all__ = ['parse_args', 'build_detector', 'batches', 'train_step', 'claim_folde
 
 # %% ../nbs/64_train.ipynb #342cf0ae
 import argparse
+from .recipes import find_recipe, recipes, settings_help
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # recipe, coco, out, set, cpu, quiet
     "The command line of `python -m scratchdet.train`."
-    p = argparse.ArgumentParser(prog='scratchdet.train', description='Train a detector from random weights; '
-                                'the same command resumes.')
+    p = argparse.ArgumentParser(
+        prog='python -m scratchdet.train', formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='Train a detector from random weights; the same command resumes.',
+        epilog='\n  '.join(['recipes:', *recipes]) + '\n\nvalues of --set, defaults:\n' + settings_help())
     p.add_argument('--recipe', required=True, metavar='NAME', help='a named recipe, or a recipe.json')
     p.add_argument('--coco', required=True, metavar='DIR', help='with train2017/, val2017/, annotations/')
     p.add_argument('--out', required=True, metavar='DIR', help='run folder: log, checkpoints, weights')
     p.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE',
                    help='values of the recipe, like lr=0.01')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
-    p.add_argument('--quiet', action='store_true', help='no progress bar')
+    p.add_argument('--quiet', action='store_true', help='print errors alone')
     return p.parse_args(argv)
 
 if __name__ == '__main__' and __spec__: args = parse_args()
@@ -33,6 +36,7 @@ from datetime import timedelta
 from io import TextIOWrapper
 from pathlib import Path
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
@@ -50,8 +54,8 @@ from .resume import find_checkpoint, load_checkpoint, save_checkpoint
 from .watch import MainFailed, StopSignals, Watch, by_main, lost_process
 from .schedule import check_lr, epoch_steps, split_batch
 from .optim import check_trainable, sgd
-from .recipes import (Recipe, detector_arguments, find_recipe, load_recipe, recipe_differences,
-                                recipe_schedule, save_recipe)
+from .recipes import (Recipe, detector_arguments, load_recipe, recipe_differences, recipe_schedule,
+                                save_recipe)
 from .evaluate import evaluate, table
 
 # %% ../nbs/64_train.ipynb #f36dd3dc
@@ -141,7 +145,9 @@ def claim_folder(
 def _cut_log(file, step):
     "Drop what a resumed run will write again, and a line that a kill left unfinished."
     lines = file.read_text().splitlines() if file.exists() else []
-    kept = [o for o in lines if o.endswith('}') and json.loads(o)['step'] <= step]
+    try: kept = [o for o in lines if o.endswith('}') and json.loads(o)['step'] <= step]
+    except (ValueError, KeyError) as e:
+        raise ValueError(f'{file} has a line that is none of a log ({e}): remove the line') from None
     new = file.with_suffix('.new')
     new.write_text(''.join(o + '\n' for o in kept))
     new.rename(file)
@@ -224,8 +230,10 @@ def write_line(
 def _data(coco):
     "Training images with something to learn from, and all validation images."
     images, val = (load_index(*coco_split(coco, o)) for o in ('train', 'val'))
-    if list(images.category_ids) != list(val.category_ids):
-        raise ValueError(f'{coco}: the categories of train and val differ; both need the same ids')
+    kinds = [dict(zip(o.category_ids.tolist(), o.names)) for o in (images, val)]
+    if odd := kinds[0].items() ^ kinds[1].items():
+        raise ValueError(f'{coco}: the categories of train and val differ, such as {min(odd)}; give both the '
+                         'same ids and names')
     return training_images(images), val
 
 def _resume(run):
@@ -280,11 +288,15 @@ def _eval_loader(run, index, all_images=False):
     return eval_loader(index, short=meta['short_side'], long=meta['long_side'], buckets=recipe.buckets,
                        workers=recipe.workers, **share)
 
+def _read_evaluation(file):
+    "What is in a file of an evaluation; None without the file, or if it is damaged."
+    try: return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError): return None
+
 def _evaluation(run, watch):
     "COCO's numbers of the model as it is; from the run folder, if they are there."
     file, accelerator = run.out/'eval'/f'step_{run.step:08}.json', run.accelerator
-    done = by_main(lambda: json.loads(file.read_text()) if file.exists() else None, accelerator)
-    if done: return done
+    if done := by_main(lambda: _read_evaluation(file), accelerator): return done
     loader = watch.each(_eval_loader(run, run.val), f'evaluation after step {run.step}')
     results = evaluate(run.detector, run.val, loader, accelerator=accelerator)
     results = dict(step=run.step, epoch=run.step / run.epoch, **results)
@@ -298,7 +310,7 @@ def _evaluation(run, watch):
 # %% ../nbs/64_train.ipynb #8a1780f9
 def _evaluations(out):
     "All evaluations in a run folder, in the order of their steps."
-    return [json.loads(o.read_text()) for o in sorted((out/'eval').glob('step_*.json'))]
+    return [o for o in map(_read_evaluation, sorted((out/'eval').glob('step_*.json'))) if o]
 
 def _save(run):
     "A checkpoint of the run, by the main process."
@@ -320,7 +332,7 @@ def draw_curves(
     names = [k for k in lines[0] if k.startswith('loss')] if lines else []
     epochs = [o['epoch'] for o in lines]
     curves({k: (epochs, [o[k] for o in lines]) for k in names}, title='Loss', xlabel='epoch', ax=left)
-    scores = {f'{kind} {k}': ([o['epoch'] for o in tests], [o[kind][k] for o in tests])
+    scores = {f'{kind} {k}': ([o['epoch'] for o in tests], [o[kind][k] or 0. for o in tests])
               for kind in ('bbox', 'segm') for k in ('AP', 'AP50') if tests and kind in tests[0]}
     curves(scores, title='AP on the validation images', xlabel='epoch', ax=right)
     fig.tight_layout()
@@ -336,8 +348,8 @@ def draw_predictions(
     score:float=.5, # detections that score less are left out
 )->Path: # the picture
     "Draw the truth and the detections of a few validation images to `predictions.png`."
-    some = training_images(run.val)
-    some = some.subset(range(min(count, len(some))))
+    rows = np.flatnonzero(np.diff(run.val.arrays['first'])[run.val.images] > 0)
+    some = run.val.subset(rows[:count] if len(rows) else range(min(count, len(run.val))))
     fig, axes = plt.subplots(len(some), 2, figsize=(9, 3.4 * len(some)), squeeze=False)
     run.detector.eval()
     for (left, right), (batch, original) in zip(axes, _eval_loader(run, some, all_images=True)):
@@ -416,16 +428,16 @@ def main(
         recipe = find_recipe(args.recipe, args.set)
         check_lr(recipe.lr, recipe.batch_size, recipe.allow_lr_mismatch)
         results = train(recipe, args.coco, args.out, cpu=args.cpu, progress=not args.quiet)
-    except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'scratchdet.train: {e}')
     except torch.OutOfMemoryError as e:
         sys.exit(f'scratchdet.train: {str(e).split(". ")[0]}. Give --set images_per_process= a smaller '
                  f'number, which changes no loss; {_again(args)}')
     except MainFailed: sys.exit(1)
-    except RuntimeError as e:
-        if not (lost := lost_process(e)): raise
-        sys.exit(f'scratchdet.train: {lost}; {_again(args)}')
+    except (ValueError, OSError, FloatingPointError, RuntimeError, EOFError) as e:
+        if lost := lost_process(e): sys.exit(f'scratchdet.train: {lost}; {_again(args)}')
+        if isinstance(e, (RuntimeError, EOFError)): raise
+        sys.exit(f'scratchdet.train: {e}')
     speaks = PartialState().is_main_process
     if not results: sys.exit(f'scratchdet.train: stopped by a signal; {_again(args)}' if speaks else 1)
-    if speaks: print(table(results))
+    if speaks and not args.quiet: print(table(results))
 
 if __name__ == '__main__' and __spec__: main(args)

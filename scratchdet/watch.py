@@ -17,7 +17,7 @@ from fastcore.basics import patch
 class StopSignals:
     "Within it, SIGTERM, SIGINT and SIGUSR1 are noted, and acted on by the loop."
     def __enter__(self):
-        self.number, self.process = 0, os.getpid()
+        self.number, self.since, self.process = 0, 0., os.getpid()
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
         self.before = {o: signal.signal(o, self.note) for o in numbers}
         return self
@@ -31,8 +31,8 @@ class StopSignals:
     )->None:
         "Remember a signal. Processes that read images inherit this; only SIGTERM ends them."
         if os.getpid() != self.process: return os._exit(128 + number) if number == signal.SIGTERM else None
-        if self.number: raise KeyboardInterrupt
-        self.number = number
+        if not self.number: self.number, self.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1: raise KeyboardInterrupt
 
     def agreed(self,
         accelerator:Accelerator, # whose processes must agree
@@ -159,8 +159,8 @@ def lost_process(
     "What to say of an error that means that another process is gone."
     if isinstance(error, torch.distributed.DistError) or 'gloo/transport' in str(error):
         return 'another process of this run is gone'
-    if 'DataLoader worker' not in str(error): return ''
-    first = str(error).splitlines()[0].rstrip('. ')
+    if 'DataLoader worker' not in str(error) and not isinstance(error, (ConnectionError, EOFError)): return ''
+    first = (str(error) or type(error).__name__).splitlines()[0].rstrip('. ')
     return f'a process that reads images is gone: {first}. Was memory short? Use less with --set workers='
 
 # %% ../nbs/55_watch.ipynb #cd75cd76

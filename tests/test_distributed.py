@@ -129,7 +129,7 @@ def test_two_machines_run_the_launch_file(toy, tmp_path):  # noqa: F811
     save_recipe(recipe, tmp_path/'recipe.json')
     def launch(rank):
         words = ['--config_file', 'recipes/accelerate/two_machines.yaml', '--num_processes', '4', '--machine_rank', str(rank),
-                 '--main_process_ip', '127.0.0.1', '--main_process_port', port, '-m', 'scratchdet.train', '--cpu', '--quiet',
+                 '--main_process_ip', '127.0.0.1', '--main_process_port', port, '-m', 'scratchdet.train', '--cpu',
                  '--recipe', str(tmp_path/'recipe.json'), '--coco', str(toy), '--out', str(tmp_path/'run')]
         env = {**os.environ, 'OMP_NUM_THREADS': '1'}
         return subprocess.Popen([sys.executable, '-m', 'accelerate.commands.launch', *words], cwd=root, env=env, text=True,

@@ -100,12 +100,14 @@ def test_a_disk_that_does_not_answer(toy, tmp_path):  # noqa: F811
     assert checkpoints(out/'checkpoints')
 
 
-@pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGTERM])
-def test_one_of_two_is_told_to_end(number, toy, tmp_path, straight):  # noqa: F811
-    "Both stop after the same step, with a checkpoint."
+@pytest.mark.parametrize('number,all', [(signal.SIGUSR1, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
+def test_processes_are_told_to_end(number, all, toy, tmp_path, straight):  # noqa: F811
+    """One is told by a signal; or all and their launcher, as SLURM and a terminal do, and the launcher passes it on once more:
+    both stop after the same step, with a checkpoint."""
     out = tmp_path/'run'
     process = start(short, toy, out, processes=2)
-    os.kill(wait_for(out, 4, process)[1], number)
+    pids = wait_for(out, 4, process)
+    for o in (pids[0], pids[1], process.pid) if all else [pids[1]]: os.kill(o, number)
     status, said = seen(process)
     assert status != 0 and said.count('stopped by a signal') == 1
     assert checkpoints(out/'checkpoints')[-1].name == f'step_{len(losses(out)):08}' and 4 <= len(losses(out)) < 12

@@ -1,9 +1,10 @@
 "Recipes: their values against the published ones, the command line, the launch files."
 import inspect
+import json
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,12 @@ def test_a_recipe_survives_the_disk(name, tmp_path):
                                          ('lr=fast', 'lr is a number'), ('epochs=1.5', 'epochs is a whole number'),
                                          ('masks=1', 'masks is true or false'), ('milestones=a,b', 'whole numbers with commas'),
                                          ('lr', 'write key=value'), ('precision=fp16', 'fp32 or bf16'), ('lr=nan', 'more than 0'),
-                                         ('groups=48', 'must divide'), ('weight_decay=inf', 'finite'),
+                                         ('groups=48', 'must divide'), ('images_per_process=-1', '1 or more'),
+                                         ('mask_rois=-2', '0 or more'), ('pre_nms_topk=100', '2 numbers'), ('post_nms_topk=0,0', '2 numbers'),
+                                         ('warmup=-5', '0 or more'), ('warmup_factor=-1', 'from 0 to 1'), ('gamma=-1', 'more than 0'),
+                                         ('momentum=2', 'from 0 to 1'), ('milestones=9,1', 'rising'), ('tail=1,2', 'falling'),
+                                         ('eval_every=-1', '0 or more'), ('score_thresh=2', 'from 0 to 1'), ('seed=' + '9' * 20, '2**63'),
+                                         ('on_bad_image=forget', 'stop or skip'), ('weight_decay=inf', 'finite'),
                                          ('epochs=0', 'epochs or iterations')])
 def test_wrong_settings_are_refused(text, words):
     with pytest.raises(ValueError, match=re.escape(words)): apply_settings(recipes['demo'], [text])
@@ -147,3 +153,24 @@ def test_slurm_uses_two_machines():
     text = (root/'recipes/slurm.sh').read_text()
     assert subprocess.run(['bash', '-n', str(root/'recipes/slurm.sh')]).returncode == 0
     assert '#SBATCH --nodes=2' in text and 'two_machines.yaml' in text and '--signal=TERM' in text
+
+
+@pytest.mark.parametrize('text, words', [('[1]', 'holds no names'), ('{', 'not json'), ('{"lr": 1}', 'another version'),
+                                         (dict(epochs='2'), "epochs is '2', not a whole number"),
+                                         (dict(epochs=2.5), 'epochs is 2.5, not a whole number'),
+                                         (dict(masks='no'), 'not true or false'), (dict(lr=None), 'not a number'),
+                                         (dict(blocks=7), 'not whole numbers')])
+def test_a_file_that_is_no_recipe_is_named(text, words, tmp_path):
+    file = tmp_path/'recipe.json'
+    file.write_text(text if isinstance(text, str) else json.dumps(asdict(recipes['demo']) | text))
+    with pytest.raises(ValueError, match=re.escape(words)) as e: load_recipe(file)
+    assert str(file) in str(e.value)
+
+
+def test_a_recipe_is_written_whole(tmp_path, monkeypatch):
+    "A kill while it is written leaves the old one."
+    file = save_recipe(recipes['demo'], tmp_path/'recipe.json')
+    def dies(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(Path, 'replace', dies)
+    with pytest.raises(KeyboardInterrupt): save_recipe(recipes['coco_mini'], file)
+    assert load_recipe(file) == recipes['demo']

@@ -1,6 +1,7 @@
 "Training: what must not depend on how the work is shared, and what ends a run early."
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -183,3 +184,36 @@ def test_real_images(coco_mini, tmp_path):
     stream, out = batches(run.images, run.recipe, parts=run.parts), []
     for t in range(2): out.append(train_step(run.model, run.optimizer, next(stream), run.accelerator, step=t))
     assert all(v.isfinite() for o in out for v in o.values()) and {o.name for o in fields(run.recipe)} > {'lr'}
+
+
+def test_a_validation_set_in_which_nothing_is_to_be_found(toy, tmp_path):  # noqa: F811
+    "The run ends with its weights, curves and pictures; the table has no numbers."
+    root = tmp_path/'bare'
+    shutil.copytree(toy, root, ignore=shutil.ignore_patterns('.scratchdet'))
+    file, = root.glob('annotations/instances_val*.json')
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(annotations=[])))
+    results = train(replace(tiny, epochs=1), root, tmp_path/'run', progress=False)
+    assert results['bbox']['AP'] is None and (tmp_path/'run/predictions.png').exists() and (tmp_path/'run/curves.png').exists()
+
+
+def test_the_same_names_in_both_splits(toy, tmp_path):  # noqa: F811
+    "Two names that are exchanged would exchange what is learned."
+    root = tmp_path/'swapped'
+    shutil.copytree(toy, root, ignore=shutil.ignore_patterns('.scratchdet'))
+    file, = root.glob('annotations/instances_val*.json')
+    doc = json.loads(file.read_text())
+    a, b = doc['categories'][:2]
+    a['name'], b['name'] = b['name'], a['name']
+    file.write_text(json.dumps(doc))
+    assert 'the categories of train and val differ, such as (1, ' in refusal(tiny, root, tmp_path/'run')
+
+
+def test_a_damaged_log_is_named_and_a_damaged_evaluation_done_again(toy, tmp_path):  # noqa: F811
+    recipe = replace(tiny, epochs=1)
+    results = train(recipe, toy, tmp_path/'run', progress=False)
+    file = tmp_path/'run/eval/step_00000004.json'
+    file.write_text('')
+    assert train(recipe, toy, tmp_path/'run', progress=False) == results == json.loads(file.read_text())
+    with (tmp_path/'run/log.jsonl').open('a') as f: f.write('{no line}\n')
+    with pytest.raises(SystemExit, match='log.jsonl has a line that is none of a log'):
+        main(parse_args(words(recipe, toy, tmp_path/'run')))
