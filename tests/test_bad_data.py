@@ -134,6 +134,7 @@ bad_records = {  # what is wrong: (change, what the error must say)
     'area is nan': (set_ann('area', float('nan')), ['annotations[0] (id 10) has `area` nan', 'not float or int from']),
     'polygon with nan': (set_ann('segmentation', [[1, 1, 9, 1, float('nan'), 9]]), ['annotation 10', '`segmentation`', 'nan']),
     'polygon far outside': (set_ann('segmentation', [[1, 1, 9, 1, 1e9, 9]]), ['annotation 10', 'within 65535 px']),
+    'polygon with an endless outline': (set_ann('segmentation', [[65535, 65535, -65535, -65535] * 40]), ['annotation 10', 'longer than 4194240']),
     'polygon beyond all numbers': (set_ann('segmentation', [[1, 1, 9, 1, 10**400, 9]]), ['annotation 10', 'not finite numbers']),
     'polygon with truths': (set_ann('segmentation', [[True] * 6]), ['annotation 10', 'not finite numbers']),
     'polygon a thousand deep': (set_ann('segmentation', nested(900)), ['annotation 10', 'not finite numbers']),
