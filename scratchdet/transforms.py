@@ -7,10 +7,11 @@ __all__ = ['read_image', 'resized_size', 'resize_image', 'resize_boxes', 'flip_i
 
 # %% ../nbs/11_transforms.ipynb #4f3d8244
 from pathlib import Path
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import resize, to_dtype
 from .boxes import clip_boxes
 
 # %% ../nbs/11_transforms.ipynb #dcbe1748
@@ -18,11 +19,17 @@ def read_image(
     path, # of a JPEG, PNG, WebP or GIF file
 )->Tensor: # (3, H, W) uint8, RGB; in memory pixel by pixel (channels last), as decoders write it
     "Decode an image; a file that cannot be read is named."
-    if not Path(path).is_file(): raise FileNotFoundError(f'the image {path} does not exist: check the path')
-    try: return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    path = Path(path)
+    if not path.is_file():
+        what = 'is not a file' if path.exists() else 'does not exist'
+        raise FileNotFoundError(f'the image {path} {what}: check the path')
+    data = torch.from_numpy(np.fromfile(path, np.uint8))  # torchvision opens no name that is not UTF-8
+    try: image = decode_image(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError as e:
-        raise ValueError(f'{path} is not an image that can be read ({str(e).split(", ")[-1]}): replace the '
-                         'file, or remove its image from the annotations') from None
+        why = str(e).split(', ', 2)[-1].split('. ')[0].rstrip('.')  # torchvision writes where, then why
+        raise ValueError(f'{path} is not an image that can be read ({why}): replace the file by a whole '
+                         'JPEG, PNG, WebP or GIF, or leave it out') from None
+    return to_dtype(image[0] if image.ndim == 4 else image, torch.uint8, scale=True)
 
 # %% ../nbs/11_transforms.ipynb #eee68995
 def resized_size(

@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from PIL import Image
 
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.loader import Batch, bucket_edges, collate, eval_loader, plan_epoch, train_loader
 from scratchdet.masks import network_mask, polygons_to_mask, resize_mask, rle_counts, to_rle
 from scratchdet.toy import make_toy
-from scratchdet.transforms import resized_size
+from scratchdet.transforms import read_image, resized_size
 
 coco_mini = Path(os.environ.get('SCRATCHDET_COCO', Path(__file__).parents[2] / 'shared/coco-mini'))
 
@@ -112,6 +113,46 @@ def test_polygons_that_would_end_the_program(ring):
 def test_run_lengths_of_another_image(size):
     rle = dict(to_rle([[0, 0, 9, 0, 9, 9]], 40, 60), size=size)
     with pytest.raises(ValueError, match=f'do not add up to the pixels of a {size[0]}x{size[1]} image'): network_mask(rle, 80, 120)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'LA', 'P', '1', 'I;16'])
+def test_every_png_becomes_three_channels_of_bytes(tmp_path, mode):
+    grey = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
+    image = Image.fromarray(grey if mode == 'I;16' else (grey >> 8).astype(np.uint8))
+    (image if mode == 'I;16' else image.convert(mode)).save(tmp_path / 'a.png')
+    got = read_image(tmp_path / 'a.png')
+    assert got.dtype == torch.uint8 and got.shape == (3, 16, 32) and got.stride(0) == 1
+    if mode != '1': np.testing.assert_array_equal(got[1].numpy(), grey >> 8)
+
+
+def test_first_picture_of_a_film(tmp_path):
+    pictures = [Image.new('RGB', (9, 5), (i * 99, 7, 3)) for i in (2, 0, 1)]
+    pictures[0].save(tmp_path / 'a.gif', save_all=True, append_images=pictures[1:])
+    got = read_image(tmp_path / 'a.gif')
+    assert got.shape == (3, 5, 9) and got[:, 4, 8].tolist() == [198, 7, 3]
+
+
+@pytest.mark.parametrize('content', [b'a text', b'', 'bmp', 'webp'])
+def test_what_an_image_is_not(tmp_path, content):
+    "Said in words of ours, which also fit where there are no annotations."
+    path, pictures = tmp_path / 'a.jpg', [Image.new('RGB', (9, 5), o) for o in ('red', 'blue')]
+    path.write_bytes(b'' if isinstance(content, str) else content)
+    if content == 'bmp': pictures[0].save(path, content)
+    if content == 'webp': pictures[0].save(path, content, save_all=True, append_images=pictures[1:])
+    with pytest.raises(ValueError) as e: read_image(path)
+    assert str(e.value).startswith(f'{path} is not an image that can be read (')
+    assert 'replace the file by a whole JPEG, PNG, WebP or GIF, or leave it out' in str(e.value)
+    assert 'decode_' not in str(e.value) and '/csrc/' not in str(e.value)
+
+
+def test_names_of_images(tmp_path):
+    "Names of any bytes are read; what is no file is said."
+    Image.new('RGB', (9, 5)).save(tmp_path / 'a.png')
+    odd = (tmp_path / 'a.png').rename(os.fsdecode(os.fsencode(tmp_path) + b'/\xff.png'))
+    assert read_image(odd).shape == (3, 5, 9)
+    with pytest.raises(FileNotFoundError, match=f'the image {tmp_path} is not a file: check the path'): read_image(tmp_path)
+    for name in ('b.png', '\ud83d.png', '\0.png'):
+        with pytest.raises(FileNotFoundError, match='png does not exist: check the path'): read_image(tmp_path / name)
 
 
 def test_cache_goes_where_told(toy, tmp_path, monkeypatch):
