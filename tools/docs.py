@@ -1,16 +1,26 @@
 "Build the site from the notebooks, check it, and turn `nbs/index.ipynb` into README.md."
 import argparse
 import ast
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-import nbdev.processors
-from execnb.nbio import read_nb
+import yaml
+from execnb.nbio import mk_cell, read_nb, write_nb
+from latex2mathml.converter import convert
 from nbdev.config import get_config
-from nbdev.serve import proc_nbs
+from nbdev.doclinks import nbglob, patch_name
+from nbdev.processors import FilterDefaults
+
+definition = ast.FunctionDef, ast.ClassDef
 
 
 def directives(cell):
@@ -49,57 +59,194 @@ def write_readme(check):
     print('README.md is what nbs/index.ipynb gives')
 
 
-def needed(cell):
-    "True for the cells that must be executed to print signatures: `show_doc`, what is exported, imports alone."
-    code = cell.cell_type == 'code' and 'eval:false' not in directives(cell) and cell.parsed_()
-    if not code: return False
-    imports = all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in code)
-    return imports or 'export' in cell.directives_ or '\nshow_doc(' in cell.source
+def defined(cell):
+    "Names of the public functions, classes and patched methods that an exported cell defines."
+    if 'export' not in directives(cell): return []
+    return [patch_name(o) for o in cell.parsed_() or [] if isinstance(o, definition) and not o.name.startswith('_')]
 
 
-def process():
-    "The notebooks as the site shows them, in `_proc`: exported code becomes documentation. One process imports torch once."
-    nbdev.processors._do_eval = needed
-    cache = proc_nbs(n_workers=0, force=True)
-    for path in cache.rglob('*.ipynb'):  # a page keeps its number, whatever renders it
-        path.write_text(re.sub(r'output-file: [^"]*?\\n', '', path.read_text(encoding='utf-8'), count=1), encoding='utf-8')
-    return cache
+class Names:
+    "Where each public name is explained: its page, and the heading over its cell. The anchor is `module.name`."
+    def __init__(self, paths):
+        self.places, self.modules = {}, {}
+        for path in paths:
+            cells = [o for o in read_nb(path).cells if o.cell_type == 'code']
+            module = next((o[1] for o in (re.search(r'#\|\s*default_exp\s+(\S+)', c.source) for c in cells) if o), None)
+            self.modules[path] = module
+            for name in (n for c in cells for n in defined(c)): self.places.setdefault(name, []).append(path)
+
+    def link(self, name, page):
+        "Link from a page to where the name is explained, or None: the name is unknown or, like `main`, explained on several other pages."
+        package = get_config().lib_name
+        paths = [p for p, m in self.modules.items() if name == f'{package}.{m}'] or self.places.get(name, [])
+        if page in paths: paths = [page]
+        if len(paths) != 1: return None
+        anchor = f'#{self.modules[paths[0]]}.{name}' if name in self.places else ''
+        return (os.path.relpath(paths[0], page.parent) if paths[0] != page else '') + anchor or None
+
+    def linked(self, text, page):
+        "Markdown with links under the names in backticks; headings, fenced code and what is a link already stay."
+        def link(found):
+            target = self.link(found[1], page)
+            return f'[{found[0]}]({target})' if target else found[0]
+        parts = re.split(r'(^```.*?^```|^#.*?$|\[[^\]\n]*\]\([^)\n]*\))', text, flags=re.S | re.M)
+        parts[::2] = [re.sub(r'`([\w.]+)(?:\(\))?`', link, o) for o in parts[::2]]
+        return ''.join(parts)
 
 
-def renderer():
-    "The command that turns `_proc` into a site: Quarto where it is installed, smalldocs otherwise."
-    if shutil.which('quarto'): return ['quarto', 'render', '--no-cache']
-    smalldocs = Path(sys.executable).parent/'smalldocs'
-    if smalldocs.exists(): return [smalldocs, 'render', '.']
-    sys.exit('the site needs Quarto (https://quarto.org) or, from Python 3.11 on, pip install smalldocs')
+def page(path, names):
+    "A notebook as the site shows it: what is exported under a heading with its name, names linked, hidden cells left out."
+    nb = read_nb(path)
+    headings = {o.id: defined(o) for o in nb.cells if o.cell_type == 'code'}
+    FilterDefaults()(nb)  # without what settings.ini skips: signatures in place of the code, links to the published site
+    nb.cells[0].source = re.sub(r'^output-file: .*\n', '', nb.cells[0].source, flags=re.M)  # a page keeps its number
+    cells = []
+    for cell in nb.cells:
+        module = names.modules[path]
+        cells += [mk_cell(f'### `{o}` {{#{module}.{o} .symbol}}', 'markdown') for o in headings.get(cell.get('id'), [])]
+        if cell.cell_type == 'markdown': cell.source = names.linked(cell.source, path)
+        for data in (o.data for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})):
+            data['text/markdown'] = names.linked(''.join(data['text/markdown']), path)
+        cells.append(cell)
+    nb.cells = cells
+    return nb
 
 
-def build():
-    "The site, in `_docs`."
-    command, out = renderer(), get_config().doc_path
-    cache = process()
-    if subprocess.run(command, cwd=cache).returncode: sys.exit(f'{command[0]} cannot build the site')
-    if out.exists(): shutil.rmtree(out)
-    shutil.move(cache/out.name, out)
-    print(f'the site is in {out}: open {out/"index.html"}')
+def process(folder):
+    "The notebooks as the site shows them, and the files beside them, in a folder."
+    if folder.exists(): shutil.rmtree(folder)
+    source = get_config().nbs_path
+    names = Names(nbglob(as_path=True).sorted())
+    for path in [*nbglob(file_glob='', as_path=True), source/'_quarto.yml']:
+        to = folder/path.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == '.ipynb': write_nb(page(path, names), to)
+        elif path.suffix != '.py': shutil.copyfile(path, to)
+    return folder
+
+
+# TeX spaces `log x`, `|x|` and `-1` after a bracket or a sign in its own way; the converter leaves it to the browser, which does not.
+spacing = [
+    ('<mi>(log|exp)</mi>', r'<mo form="prefix" lspace=".17em" rspace=".17em">\1</mo>'),
+    ('<mo stretchy="false">&#x0007C;', '<mo stretchy="false" lspace="0" rspace="0">&#x0007C;'),
+    (r'(<mo[^>]*>(?:&#x00028;|\(|\[|&#x0002C;|&#x0003D;)</mo>)<mo>&#x02212;', r'\1<mo form="prefix">&#x02212;')]
+
+
+def mathml(found):
+    "A formula that every browser draws by itself, in place of one that waits for a script from the network."
+    tex = re.sub(r'\\mathrm\{(\w)\}', r'\\text{\1}', unescape(found[2]))
+    formula = convert(tex, display='block' if found[1] == 'display' else 'inline')
+    for pattern, instead in spacing: formula = re.sub(pattern, instead, formula)
+    return formula
+
+
+def finish(out):
+    "The built site made to work from a folder, without network: formulas are MathML, the index of the search is a script."
+    for path in out.rglob('*.html'):
+        text = path.read_text(encoding='utf-8')
+        text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', mathml, text, flags=re.S)
+        text = re.sub(r'<(?:link|script)[^>]*"https?://[^"]*(?:katex|mathjax|polyfill)[^>]*>(?:</script>)?', '', text, flags=re.I)
+        path.write_text(text, encoding='utf-8')
+    for path in out.rglob('*.css'):  # a theme's fonts
+        style = path.read_text(encoding='utf-8')
+        path.write_text(re.sub(r'@import\s+url\(["\']?https?:[^)]*\);?', '', style), encoding='utf-8')
+    index = (out/'search.json').read_text(encoding='utf-8')
+    (out/'search.js').write_text(f'window.searchIndex = {index};\n', encoding='utf-8')
+    return out
+
+
+def smalldocs(*words):
+    "smalldocs' answer to a command; it needs Python 3.11."
+    return subprocess.run([Path(sys.executable).parent/'smalldocs', *words])
+
+
+def render(folder):
+    "The site made from processed notebooks: by Quarto where it is installed, by smalldocs otherwise."
+    if shutil.which('quarto'): done = subprocess.run(['quarto', 'render', '--no-cache'], cwd=folder)
+    else: done = smalldocs('render', folder)
+    if done.returncode: sys.exit('the site cannot be built')
+    return finish(folder/get_config().doc_path.name)
+
+
+class PageParser(HTMLParser):
+    "What the checks look at: ids, links, files that the page loads, and text outside of code and scripts."
+    aside = {'code', 'pre', 'script', 'style', 'annotation'}
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.loads, self.text, self.depth = [], [], [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if 'id' in found: self.ids.append(found['id'])
+        if tag == 'a' and found.get('href'): self.links.append(found['href'])
+        elif tag == 'link' and found.get('rel') != 'canonical': self.loads.append(found['href'])
+        elif found.get('src'): self.loads.append(found['src'])
+        self.depth += tag in self.aside
+
+    def handle_endtag(self, tag): self.depth -= tag in self.aside
+
+    def handle_data(self, data):
+        if not self.depth: self.text.append(data)
+
+
+def faults(out):
+    "What is wrong in a built site, one line each: links and pictures to nothing, what needs the network, raw Markdown and formulas."
+    home = yaml.safe_load((get_config().nbs_path/'_quarto.yml').read_text(encoding='utf-8'))['website']['site-url'].rstrip('/')
+    pages = {o: PageParser(o.read_text(encoding='utf-8')) for o in sorted(out.rglob('*.html'))}
+    found = [] if pages else [f'{out}: no pages']
+    for path in out.rglob('*.css'):
+        loads = re.findall(r'url\(["\']?(https?:[^)]*)\)', path.read_text(encoding='utf-8'))
+        found += [f'{path.relative_to(out)}: needs the network for {o}' for o in loads]
+    for path, page in pages.items():
+        name, text = path.relative_to(out), ''.join(page.text)
+        found += [f'{name}: {o} is there twice' for o in {o for o in page.ids if page.ids.count(o) > 1}]
+        found += [f'{name}: needs the network for {o}' for o in page.loads if urlsplit(o).scheme in ('http', 'https')]
+        found += [f'{name}: raw Markdown or formula: {o}' for o in re.findall(r'\]\([^)\n]*\)|\$\$.*|\\[a-zA-Z(\[].*|:::.*|\{#.*', text)]
+        for link in page.links + page.loads:
+            link = os.path.relpath(out, path.parent) + link[len(home):] if link.startswith(home) else link
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc: continue
+            target = (path.parent/unquote(parts.path)).resolve() if parts.path else path
+            if target.is_dir(): target = target/'index.html'
+            if not target.exists(): found.append(f'{name}: {link} leads nowhere')
+            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids:
+                found.append(f'{name}: {link} leads to no place on its page')
+    return found
+
+
+def build(to):
+    "The site, in `_docs` or the folder `to`."
+    with tempfile.TemporaryDirectory() as folder:
+        site = render(process(Path(folder)/'site'))
+        if to.exists(): shutil.rmtree(to)
+        shutil.move(site, to)
+    print(f'the site is in {to}: open {to/"index.html"}')
 
 
 def check():
-    "Every page is built from its notebook, no option is unknown, and no link leads nowhere."
-    smalldocs = Path(sys.executable).parent/'smalldocs'
-    if not smalldocs.exists(): return print('the site is not checked: smalldocs needs Python 3.11')
-    if subprocess.run([smalldocs, 'check', process()]).returncode: sys.exit('smalldocs finds fault with the site')
+    "Every page is built from its notebook, no option is unknown, no link leads nowhere, nothing needs the network."
+    if not (Path(sys.executable).parent/'smalldocs').exists(): return print('the site is not checked: smalldocs needs Python 3.11')
+    with tempfile.TemporaryDirectory() as folder:
+        folder = process(Path(folder).resolve()/'site')
+        if smalldocs('check', folder).returncode: sys.exit('smalldocs finds fault with the site')
+        found = faults(render(folder))
+    print(*found, sep='\n')
+    if found: sys.exit(f'{len(found)} faults in the site')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     actions = parser.add_subparsers(dest='action', required=True)
-    actions.add_parser('build', help='the site, in _docs')
-    actions.add_parser('check', help='links, options, Markdown')
+    builder = actions.add_parser('build', help='the site')
+    builder.add_argument('--to', type=Path, default=get_config().doc_path, help='folder of the site (%(default)s)')
+    actions.add_parser('check', help='links, options, Markdown, formulas')
     actions.add_parser('readme', help='README.md from the index page').add_argument('--check', action='store_true')
     args = parser.parse_args()
     if args.action == 'readme': write_readme(args.check)
-    else: dict(build=build, check=check)[args.action]()
+    elif args.action == 'build': build(args.to)
+    else: check()
 
 
 if __name__ == '__main__': main()
