@@ -92,6 +92,21 @@ class Batch:
         return self._each(lambda o: o.pin_memory())
 
 # %% ../nbs/12_loader.ipynb #420611e6
+def _check(i, o, first, shape):
+    "Refuse a sample that bytes and whole numbers would take in silence as something else."
+    m, (h, w) = len(o.boxes), shape or o.image.shape[-2:]
+    fits = o.image.ndim == 3 and o.image.shape[0] == 3 and o.image.shape[1] <= h and o.image.shape[2] <= w
+    whole = not o.labels.is_floating_point() and bool((o.labels >= 0).all())
+    rules = dict(image=(fits and o.image.dtype == torch.uint8, f'(3, h, w) uint8 within {h}x{w} px'),
+                 boxes=(o.boxes.shape == (m, 4) and o.boxes.isfinite().all(), f'({m}, 4) finite numbers'),
+                 labels=(o.labels.shape == (m,) and whole, f'({m},) whole numbers from 0'),
+                 masks=((o.masks is None) == (first.masks is None), 'as in sample 0: give all or none'))
+    for name, (ok, wanted) in rules.items():
+        if ok: continue
+        value = getattr(o, name)
+        has = value if value is None else f'{tuple(value.shape)} {value.dtype}'
+        raise ValueError(f'{name} of sample {i} (image {o.image_id}): {has}, not {wanted}')
+
 def _write_objects(batch, i, sample):
     "Put the boxes, labels and masks of a sample into row `i`."
     m, (h, w) = len(sample.boxes), sample.image.shape[-2:]
@@ -108,8 +123,10 @@ def collate(
     samples,    # list of `Sample`, or of tuples like it
     shape=None, # (H, W) to pad to, px; default the largest sides, up to a multiple of 32
 )->Batch: # the samples, padded with zeros
-    "Pad samples to a batch; it has masks if the first sample has."
+    "Pad samples to a batch; all samples have masks, or none."
     samples = [Sample(*o) for o in samples]
+    if not samples: raise ValueError('a batch needs a sample: give one or more')
+    for i, o in enumerate(samples): _check(i, o, samples[0], shape)
     n, m = len(samples), max(1, *(len(o.boxes) for o in samples))
     sizes = torch.tensor([o.image.shape[-2:] for o in samples])
     h, w = shape or (-(-sizes.amax(0) // 32) * 32).tolist()

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from PIL import Image
 
 from scratchdet.coco import coco_split, load_index, training_images
-from scratchdet.loader import Batch, bucket_edges, collate, eval_loader, plan_epoch, train_loader
+from scratchdet.loader import Batch, Sample, bucket_edges, collate, eval_loader, plan_epoch, train_loader
 from scratchdet.masks import network_mask, polygons_to_mask, resize_mask, rle_counts, to_rle
 from scratchdet.toy import make_toy
 from scratchdet.transforms import read_image, resized_size
@@ -324,6 +324,39 @@ def test_eval_sees_every_image_once(toy, tmp_path):
                 seen += batch.image_ids.tolist()
                 assert originals.shape == (len(batch), 2) and originals.dtype == torch.int64
         assert sorted(seen) == sorted(index.image_ids.tolist())
+
+
+wrong = {  # what is wrong with sample 1: (change, what the error must say)
+    'pixels from 0 to 1': (lambda o: dict(image=o.image / 255), 'image of sample 1 (image 7): (3, 40, 60) torch.float32, not (3, h, w) uint8'),
+    'pixels of 16 bits': (lambda o: dict(image=o.image.to(torch.uint16)), 'torch.uint16, not (3, h, w) uint8'),
+    'one channel': (lambda o: dict(image=o.image[:1]), '(1, 40, 60) torch.uint8, not (3, h, w) uint8'),
+    'channels last': (lambda o: dict(image=o.image.permute(1, 2, 0)), '(40, 60, 3) torch.uint8, not (3, h, w)'),
+    'a film': (lambda o: dict(image=o.image[None]), '(1, 3, 40, 60) torch.uint8, not (3, h, w)'),
+    'an image beyond the shape': (lambda o: dict(image=o.image.repeat(1, 2, 1)), '(3, 80, 60) torch.uint8, not (3, h, w) uint8 within 64x64 px'),
+    'boxes of five': (lambda o: dict(boxes=torch.zeros(2, 5)), 'boxes of sample 1 (image 7): (2, 5) torch.float32, not (2, 4) finite'),
+    'boxes that are nan': (lambda o: dict(boxes=o.boxes * torch.nan), 'not (2, 4) finite numbers'),
+    'boxes without end': (lambda o: dict(boxes=o.boxes / 0), 'not (2, 4) finite numbers'),
+    'too few labels': (lambda o: dict(labels=o.labels[:1]), 'labels of sample 1 (image 7): (1,) torch.int64, not (2,) whole'),
+    'labels below 0': (lambda o: dict(labels=o.labels - 4), 'not (2,) whole numbers from 0'),
+    'real labels': (lambda o: dict(labels=o.labels / 2), '(2,) torch.float32, not (2,) whole numbers'),
+    'no masks': (lambda o: dict(masks=None), 'masks of sample 1 (image 7): None, not as in sample 0'),
+}
+
+
+@pytest.mark.parametrize('name', wrong)
+def test_wrong_samples(name):
+    change, message = wrong[name]
+    good = Sample(torch.zeros(3, 40, 60, dtype=torch.uint8), torch.ones(2, 4), torch.tensor([3, 0]), torch.zeros(2, 40, 60, dtype=torch.bool), 7)
+    assert len(collate([good, good], (64, 64))) == 2
+    with pytest.raises(ValueError) as e: collate([good, good._replace(**change(good))], (64, 64))
+    assert message in str(e.value)
+
+
+def test_masks_in_one_sample_of_two_and_no_samples():
+    one = Sample(torch.zeros(3, 4, 6, dtype=torch.uint8), torch.ones(1, 4), torch.tensor([3]))
+    with pytest.raises(ValueError, match=r'masks of sample 1 .*\(1, 4, 6\) torch.bool, not as in sample 0'):
+        collate([one, one._replace(masks=torch.zeros(1, 4, 6, dtype=torch.bool))])
+    with pytest.raises(ValueError, match='a batch needs a sample'): collate([])
 
 
 def test_types_of_a_batch():
