@@ -24,6 +24,7 @@ if __name__ == '__main__' and __spec__: args = _parse_args()
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -232,6 +233,7 @@ def make_toy(
     seed:int=0, # another seed draws other images
 )->Path: # the folder, in COCO's layout
     "Write a toy set to disk, or find it there."
+    if min(train, val) < 1: raise ValueError(f'train {train}, val {val}: give 1 image or more for each')
     root, made = Path(root), dict(train=train, val=val, size=list(size), seed=seed)
     if _is_made(root, made): return root
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -272,4 +274,5 @@ def toy_batch(
 
 # %% ../nbs/02_toy.ipynb #0d476ef7
 if __name__ == '__main__' and __spec__:
-    print(make_toy(args.out, args.train, args.val, tuple(args.size), args.seed))
+    try: print(make_toy(args.out, args.train, args.val, tuple(args.size), args.seed))
+    except (ValueError, OSError) as e: sys.exit(f'scratchdet.toy: {e}')

@@ -186,6 +186,12 @@ def test_a_larger_set_holds_the_smaller_one(small, tmp_path):
     assert sum(k.startswith('val2017/') and few[k] == v for k, v in more.items()) == 4
 
 
+@pytest.mark.parametrize('train, val', [(-5, 1), (0, 1), (1, 0), (1, -1)])
+def test_a_set_without_images_is_refused(tmp_path, train, val):
+    with pytest.raises(ValueError, match=f'train {train}, val {val}: give 1 image or more for each'): make_toy(tmp_path / 'a', train, val)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_set_is_left_alone(small, monkeypatch):
     monkeypatch.setattr(toy, '_write_split', lambda *_: pytest.fail('drawn again'))
     assert make_toy(small, train=24, val=8, size=[64, 96], seed=3) == small
@@ -236,6 +242,11 @@ def test_command_line(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == str(out)
     assert digests(out) == digests(make_toy(tmp_path / 'same', train=2, val=1, size=(32, 48), seed=7))
     assert run('--help').returncode == 0 and run('--train', '2').returncode == 2
+    for args, says in ((('--train', '5'), 'give another folder'), (('--train', '-5', '--val', '0'), '1 image or more'),
+                       (('--out', str(tmp_path / 'b'), '--size', '0', '5'), 'give 32 px or more')):
+        failed = run('--out', str(out), *args)
+        assert failed.returncode == 1 and failed.stderr.startswith('scratchdet.toy: ') and says in failed.stderr
+        assert len(failed.stderr.splitlines()) == 1 and not failed.stdout
 
 
 # batches
