@@ -114,7 +114,6 @@ def page(path, names):
 
 def process(folder):
     "The notebooks as the site shows them, and the files beside them, in a folder."
-    if folder.exists(): shutil.rmtree(folder)
     source = get_config().nbs_path
     names = Names(nbglob(as_path=True).sorted())
     for path in [*nbglob(file_glob='', as_path=True), source/'_quarto.yml']:
@@ -155,16 +154,17 @@ def finish(out):
     return out
 
 
-def smalldocs(*words):
-    "smalldocs' answer to a command; it needs Python 3.11."
-    return subprocess.run([Path(sys.executable).parent/'smalldocs', *words])
+def renderer():
+    "The command that turns processed notebooks into a site: Quarto where it is installed, smalldocs otherwise; None without both."
+    if shutil.which('quarto'): return ['quarto', 'render', '--no-cache']
+    smalldocs = Path(sys.executable).parent/'smalldocs'
+    return [smalldocs, 'render', '--quiet', '--strict'] if smalldocs.exists() else None
 
 
 def render(folder):
-    "The site made from processed notebooks: by Quarto where it is installed, by smalldocs otherwise."
-    if shutil.which('quarto'): done = subprocess.run(['quarto', 'render', '--no-cache'], cwd=folder)
-    else: done = smalldocs('render', folder)
-    if done.returncode: sys.exit('the site cannot be built')
+    "The site of the notebooks, made in a folder."
+    if not renderer(): sys.exit('the site needs Quarto (https://quarto.org) or, from Python 3.11 on, pip install smalldocs')
+    if subprocess.run(renderer(), cwd=process(folder)).returncode: sys.exit(f'{renderer()[0]} finds fault with the site')
     return finish(folder/get_config().doc_path.name)
 
 
@@ -219,7 +219,7 @@ def faults(out):
 def build(to):
     "The site, in `_docs` or the folder `to`."
     with tempfile.TemporaryDirectory() as folder:
-        site = render(process(Path(folder)/'site'))
+        site = render(Path(folder)/'site')
         if to.exists(): shutil.rmtree(to)
         shutil.move(site, to)
     print(f'the site is in {to}: open {to/"index.html"}')
@@ -227,13 +227,10 @@ def build(to):
 
 def check():
     "Every page is built from its notebook, no option is unknown, no link leads nowhere, nothing needs the network."
-    if not (Path(sys.executable).parent/'smalldocs').exists(): return print('the site is not checked: smalldocs needs Python 3.11')
-    with tempfile.TemporaryDirectory() as folder:
-        folder = process(Path(folder).resolve()/'site')
-        if smalldocs('check', folder).returncode: sys.exit('smalldocs finds fault with the site')
-        found = faults(render(folder))
-    print(*found, sep='\n')
-    if found: sys.exit(f'{len(found)} faults in the site')
+    if not renderer(): return print('the site is not checked: smalldocs needs Python 3.11')
+    with tempfile.TemporaryDirectory() as folder: found = faults(render(Path(folder).resolve()/'site'))
+    if found: sys.exit('\n'.join([*found, f'{len(found)} faults in the site']))
+    print('no fault in the site')
 
 
 def main():
