@@ -25,8 +25,10 @@ from torchvision.io import write_png
 from scratchdet.checkpoints import model_arguments, read_state
 from scratchdet.coco import ignored, load_index, longest, skipped, trained
 from scratchdet.detector import faster_rcnn, mask_rcnn
+from scratchdet.evaluate import eval_scale
 from scratchdet.init import init_detector
 from scratchdet.loader import collate, load_sample
+from scratchdet.predict import categories, predict
 from scratchdet.weights import load_model, load_weights, read_meta, save_model
 
 wanted = int(os.environ.get('SCRATCHDET_FUZZ', 0))
@@ -458,17 +460,15 @@ def test_random_checkpoints(files, content, suffix):
 def lies(draw, model):
     "Metadata of a model file that are not what they should be."
     arguments, meta = dict(model.arguments), dict(category_ids=[1, 2], category_names=['a', 'b'])
-    about = dict(format='scratchdet', arguments=json.dumps(arguments), meta=json.dumps(meta))
-    kind = draw(st.sampled_from(['argument', 'arguments', 'missing', 'text', 'format']))
-    if kind == 'argument':
-        arguments[draw(st.sampled_from(sorted(arguments)) | keys)] = draw(values)
-        about['arguments'] = encode(arguments).decode()
-    elif kind == 'arguments':
-        about[draw(st.sampled_from(['arguments', 'meta']))] = encode(draw(values.filter(lambda o: not isinstance(o, dict)))).decode()
-    elif kind == 'missing': del about[draw(st.sampled_from(['arguments', 'meta', 'format']))]
-    elif kind == 'text': about[draw(st.sampled_from(['arguments', 'meta']))] = draw(st.text(st.characters(exclude_categories=['Cs']), max_size=9))
-    else: about['format'] = draw(st.sampled_from(['', 'pt', 'scratchdet ', '1']))
-    return kind, about
+    about, key, part = dict(arguments=arguments, meta=meta), 'scratchdet', draw(st.sampled_from(['arguments', 'meta']))
+    kind = draw(st.sampled_from(['argument', 'meta', 'part', 'missing', 'text', 'key']))
+    if kind == 'argument': arguments[draw(st.sampled_from(sorted(arguments)) | keys)] = draw(values)
+    elif kind == 'meta': meta[draw(st.sampled_from(['category_ids', 'category_names', 'short_side', 'long_side']) | keys)] = draw(values)
+    elif kind == 'part': about[part] = draw(values.filter(lambda o: not isinstance(o, dict)))
+    elif kind == 'missing': del about[part]
+    elif kind == 'key': key = draw(st.sampled_from(['', 'pt', 'scratchdet ', '1']))
+    text = draw(st.text(st.characters(exclude_categories=['Cs']), max_size=9)) if kind == 'text' else encode(about).decode()
+    return kind, {key: text}
 
 
 @fuzz(.1)
@@ -480,7 +480,9 @@ def test_lying_metadata(files, data):
     path.write_bytes(save(files.model.state_dict(), about))
     model = outcome(load_model, path)
     if model is not None:
-        assert kind == 'argument' or kind == 'text'
+        assert kind in ('argument', 'meta')
+        assert len(categories(model)) == 2 and min(eval_scale(model.meta)) > 0
+        predict(model, [torch.zeros(3, 20, 30, dtype=torch.uint8)], short=32, long=48)
         assert isinstance(model.meta, dict) and {k: v.shape for k, v in model.state_dict().items()} == {
             k: v.shape for k, v in files.model.state_dict().items()}
 
