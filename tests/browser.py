@@ -70,8 +70,9 @@ class Browser:
         if 'error' in said: raise RuntimeError(f'{method}: {said["error"]["message"]}')
         return said['result']
 
-    def open(self, path, width):
-        "Load a file in a window of so many pixels, to the end."
+    def open(self, path, width, scheme='light'):
+        "Load a file in a window of so many pixels, light or dark, to the end."
+        self.call('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=scheme)])
         self.call('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         self.arrive(lambda: self.call('Page.navigate', url=path.resolve().as_uri()))
 

@@ -164,11 +164,36 @@ def test_search_leads_to_what_is_defined(window, site, start):
     assert window.run(search % 'random') and window.errors == []
 
 
+# Contrast of the texts that a selector names, 1 to 21, by the formula of WCAG 2: colours are opaque or lie on what is behind them.
+contrast = """((what) => {
+  const colour = (text) => text.match(/[\\d.]+/g).map(Number);
+  const blend = ([r, g, b, a = 1], under) => [r, g, b].map((v, i) => v * a + under[i] * (1 - a));
+  const behind = (o) => o ? blend(colour(getComputedStyle(o).backgroundColor), behind(o.parentElement)) : [255, 255, 255];
+  const light = (c) => c.map((v) => v / 255).map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], .05);
+  return [...document.querySelectorAll(what)].map((o) => {
+    const ground = behind(o), pair = [light(ground), light(blend(colour(getComputedStyle(o).color), ground))];
+    return Math.max(...pair) / Math.min(...pair);
+  });
+})('%s')"""
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_words_stand_out_from_what_is_behind_them(window, site, scheme):
+    window.open(site/'30_anchors.html', 1300, scheme)
+    window.run(search % 'anchors')
+    result = '.smalldocs-search input, .search-result-title, .search-result-section, .search-result-text, .search-result-text mark'
+    for what in result.split(', ') + ['main p', 'main td', 'main pre code', 'main math', '#TOC a', '#quarto-sidebar a']:
+        found = window.run(contrast % what)
+        assert found and min(found) > 3.5, (what, min(found))
+
+
 @pytest.mark.parametrize('width', [1300, 390])
 def test_the_sidebar_leads_to_every_page(window, site, width):
     window.open(site/'index.html', width)
     if width == 390: window.run("document.querySelector('.quarto-btn-toggle').click()")
     links = window.run("[...document.querySelectorAll('#quarto-sidebar a[href]')].map((o) => o.href)")
     assert {built(site, o).as_uri() for o in every} <= set(links)
-    assert window.run("document.querySelector('#quarto-sidebar a[href$=\"30_anchors.html\"]').checkVisibility()")
+    top = window.run("document.querySelector('#quarto-sidebar').getBoundingClientRect().top")
+    assert top >= window.run("document.querySelector('#quarto-header').offsetHeight") > 0
     assert window.click('#quarto-sidebar a[href$="30_anchors.html"]') == (site/'30_anchors.html').as_uri()
