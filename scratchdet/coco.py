@@ -71,14 +71,17 @@ def _integers(path, rows, kind, key):
     "Whole numbers of 64 bits."
     return np.array(_column(path, rows, kind, key, {int}, within=(-2**63, 2**63 - 1)), np.int64)
 
+def _distinct(path, values, kind, key):
+    "The same array; a value that occurs twice is named."
+    unique, counts = np.unique(values, return_counts=True)
+    for i in np.flatnonzero(counts > 1)[:1]:
+        what = f'the {key} {_show(unique.tolist()[i])} occurs {counts[i]} times in `{kind}`'
+        raise _wrong(path, what, 'give each its own')
+    return values
+
 def _ids(path, rows, kind):
     "The ids of the records, which must differ."
-    ids = _integers(path, rows, kind, 'id')
-    values, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        i = np.argmax(counts > 1)
-        raise _wrong(path, f'the id {values[i]} occurs {counts[i]} times in `{kind}`', 'give each its own')
-    return ids
+    return _distinct(path, _integers(path, rows, kind, 'id'), kind, 'id')
 
 def _rows_of(path, anns, key, ids, kind):
     "The row in `ids` that each annotation's `key` points to."
@@ -119,8 +122,8 @@ def _categories(path, doc):
     "Category ids in growing order, and their names."
     rows = _records(path, doc, 'categories')
     ids, names = _ids(path, rows, 'categories'), _texts(path, rows, 'categories', 'name')
-    order = np.argsort(ids)
-    return ids[order], [names[i] for i in order]
+    names, order = _distinct(path, np.array(names, object), 'categories', 'name'), np.argsort(ids)
+    return ids[order], names[order].tolist()
 
 def _doubles(ring):
     "A list of numbers as an array; anything else stays as it is, for the error message."
@@ -245,15 +248,15 @@ def _compact(record):
     if type(rings) is list: record['segmentation'] = [_doubles(o) for o in rings]
     return record
 
-def _parse(path):
+def _parse(path, hook=None):
     "The json document of a file. Python's reader takes NaN, which is no json: its record can be named."
-    try: return json.loads(path.read_bytes(), object_hook=_compact)
+    try: return json.loads(path.read_bytes(), object_hook=hook)
     except (ValueError, RecursionError) as e:
         raise _wrong(path, f'is not json ({_show(str(e))})', 'is the download complete?') from None
 
 def _build(path):
     "All arrays of an annotation file, and the names of its categories."
-    doc = _parse(path)
+    doc = _parse(path, _compact)
     images = _images(path, doc)
     category_ids, names = _categories(path, doc)
     anns = _annotations(path, doc, images['image_ids'], images['sizes'], category_ids)
@@ -467,6 +470,9 @@ def training_images(
     min_size=32,       # leave out images whose shorter side is less, px
 )->CocoIndex: # view of the images to train on
     "mmdetection's choice of images for training (`CocoDataset.filter_data`)."
-    keep = index.sizes.min(1) >= min_size
-    if filter_empty: keep &= (np.diff(index.arrays['first']) > 0)[index.images]
-    return index.subset(keep)
+    small = index.sizes.min(1) < min_size
+    empty = (np.diff(index.arrays['first']) == 0)[index.images] & filter_empty
+    if (small | empty).all():
+        why = f'of {len(index)}, {empty.sum()} have no annotation, {small.sum()} a side under {min_size} px'
+        raise _wrong(index.json_path, f'has no image to train on ({why})', 'add annotations or images')
+    return index.subset(~(small | empty))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
-from scratchdet.coco import coco_split, ignored, load_index, skipped, trained, training_images
+from scratchdet.coco import _parse, coco_split, ignored, load_index, skipped, trained, training_images
 from scratchdet.loader import eval_loader, load_sample, train_loader
 from scratchdet.transforms import read_image
 
@@ -104,6 +104,7 @@ bad_records = {  # what is wrong: (change, what the error must say)
     'image twice': (set_image('id', 2), ['the id 2 occurs 2 times in `images`', 'give each its own']),
     'annotation twice': (set_ann('id', 11), ['the id 11 occurs 2 times in `annotations`', 'give each its own']),
     'category twice': (lambda d: d['categories'].append(dict(id=5, name='c')), ['the id 5 occurs 2 times in `categories`']),
+    'category name twice': (lambda d: d['categories'][0].update(name='dog'), ["the name 'dog' occurs 2 times in `categories`", 'give each']),
     'no file name': (lambda d: d['images'][0].pop('file_name'), ['images[0] (id 1)', '`file_name` None', 'not str']),
     'no height': (lambda d: d['images'][0].pop('height'), ['images[0] (id 1)', '`height` None', 'correct the record']),
     'height of zero': (set_image('height', 0), ['images[0] (id 1) has `height` 0', 'not int from 1 to 65535']),
@@ -254,6 +255,16 @@ def test_text_that_stops_a_parser(write, text):
     with pytest.raises(ValueError, match=r'a\.json: (is not json|not a COCO instances file)'): write(text)
 
 
+def test_document_as_it_is(write, tmp_path):
+    "Fields that nobody asks for hold anything; evaluation gets plain lists, from any text that has an index."
+    doc = edited(set_ann('score', float('nan')))
+    for text in (json.dumps(doc), json.dumps(doc).encode('utf-16')):
+        index = write(text)
+        assert json.dumps(_parse(index.json_path)) == json.dumps(doc)
+    (tmp_path / 'b.json').write_text('{')
+    with pytest.raises(ValueError, match=r'b\.json: is not json .*: is the download complete'): _parse(tmp_path / 'b.json')
+
+
 def test_byte_order_mark(write):
     assert len(write(b'\xef\xbb\xbf' + json.dumps(document()).encode())) == 2
     assert len(write(json.dumps(document()).encode('utf-16'))) == 2
@@ -317,8 +328,12 @@ def test_image_of_another_size(write):
 
 
 def test_nothing_to_train_on(write):
-    index = training_images(write(edited(lambda d: d['annotations'].clear())))
-    with pytest.raises(ValueError, match=r'a\.json has no image to train on'): train_loader(index, batch_size=2)
+    index = write(edited(lambda d: (d['annotations'].clear(), d['images'][0].update(height=31))))
+    with pytest.raises(ValueError, match=r'a\.json: has no image to train on \(of 2, 2 have no annotation, 1 a side under 32 px\): add'):
+        training_images(index)
+    with pytest.raises(ValueError, match=r'a\.json: has no image to train on \(of 0'): training_images(index.subset([]), False)
+    assert len(training_images(index, filter_empty=False)) == 1
+    with pytest.raises(ValueError, match=r'a\.json has no image to train on'): train_loader(index.subset([]), batch_size=2)
 
 
 def test_uneven_batch(write):
