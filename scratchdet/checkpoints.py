@@ -24,19 +24,24 @@ def parse_args(
     c.add_argument('--categories', metavar='JSON', help='COCO annotation file that names the classes')
     c.add_argument('--pixel-mean', nargs=3, type=float, help="of IN, in IN's order of channels")
     c.add_argument('--pixel-std', nargs=3, type=float, help="of IN, in IN's order of channels")
-    c.add_argument('--groups', type=int, default=32, help='of every GroupNorm (default: 32)')
-    return p.parse_args(argv)
+    c.add_argument('--groups', type=int, help='of every GroupNorm (default: as IN says, else 32)')
+    args = p.parse_args(argv)
+    if args.to and [args.categories, args.pixel_mean, args.pixel_std, args.groups] != [None] * 4:
+        c.error('--categories, --pixel-mean, --pixel-std and --groups go with --from: our files say these')
+    return args
 
 if __name__ == '__main__' and __spec__: args = parse_args()
 
 # %% ../nbs/70_checkpoints.ipynb #4360955a
-import json, re
+import io, json, re
 from pathlib import Path
+from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from .weights import build_model, load_model, load_weights, save_model
+from .weights import (check_meta, describe, load_model, read_description, restore, save_model,
+                                write_file)
 
 # %% ../nbs/70_checkpoints.ipynb #63bdc439
 NAMES = '''
@@ -141,66 +146,98 @@ def model_arguments(
     state:dict, # {our name: Tensor}
 )->dict: # `model`, the constructor's name, and its arguments
     "The architecture that a state dict belongs to, read from its names and shapes."
-    stages = [re.match(r'backbone\.stages\.(\d+)\.\d+\.conv1\.conv', k) for k in state]
+    stages = [re.match(r'backbone\.stages\.(\d)\.\d+\.conv1\.conv', k) for k in state]
     stages = [int(o[1]) for o in stages if o]
     shape = {k: tuple(v.shape) for k, v in state.items()}
     needed = ('box_head.cls', 'backbone.stem.conv', 'fpn.lateral.0.conv', 'box_head.fc')
-    missing = [k for k in needed if f'{k}.weight' not in state]
+    missing = [k for k in needed if not shape.get(f'{k}.weight')]  # a number alone has the shape ()
     if missing or not stages:
         raise ValueError(f'not the weights of a detector: without {", ".join(missing) or "stages"}')
     return dict(
         model='mask_rcnn' if 'mask_head.logits.weight' in state else 'faster_rcnn',
         num_classes=shape['box_head.cls.weight'][0] - 1,
-        blocks=tuple(stages.count(i) for i in range(max(stages) + 1)),
+        blocks=tuple(stages.count(i) for i in range(4)),
         width=shape['backbone.stem.conv.weight'][0],
         channels=shape['fpn.lateral.0.conv.weight'][0],
         fc=shape['box_head.fc.weight'][0])
 
 # %% ../nbs/70_checkpoints.ipynb #5725cade
-def read_state(
-    path, # `.safetensors`, or what `torch.save` wrote
-)->dict: # {name: Tensor}
-    "The tensors of a checkpoint; nothing in the file is executed."
-    if str(path).endswith('.safetensors'):
-        try: return load_file(path)
-        except SafetensorError as e:
-            raise ValueError(f'{path} is no complete safetensors file ({e}): copy it again') from e
-    try: file = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise
-    except Exception as e:
+def _read_file(path):
+    "What is in a checkpoint, as a dict; nothing in the file is executed."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path} does not exist, or is a folder: give a checkpoint')
+    try:
+        if str(path).endswith('.safetensors'): return dict(state_dict=load_file(path))
+        file = torch.load(path, map_location='cpu', weights_only=True)
+    except SafetensorError as e:
+        raise ValueError(f'{path} is no complete safetensors file ({e}): copy it again') from e
+    except UnpicklingError as e:
         raise ValueError(f'{path} holds more than tensors, or is no checkpoint of torch. Where it was '
                          'written, keep only tensors: torch.save({"state_dict": {name: tensor}}, f)') from e
-    if not isinstance(file, dict):
-        raise ValueError(f'{path} holds a {type(file).__name__}, not named tensors')
-    for key in ('state_dict', 'model'): file = file.get(key, file)
-    return {k: v for k, v in file.items() if isinstance(v, torch.Tensor)}
+    except Exception as e:  # torch raises errors of many kinds
+        raise ValueError(f'{path} is cut off, or is no checkpoint of torch: copy it again') from e
+    return file if isinstance(file, dict) else dict(state_dict=file)
+
+# %% ../nbs/70_checkpoints.ipynb #5f075a5f
+def _tensors(file, path):
+    "{name: Tensor} of what `_read_file` gives for `path`."
+    state = file.get('state_dict', file.get('model', file))
+    if isinstance(state, dict):
+        return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    raise ValueError(f'{path} holds a {type(state).__name__}, not named tensors')
+
+def read_state(
+    path:str, # `.safetensors`, or what `torch.save` wrote
+)->dict: # {name: Tensor}
+    "The tensors of a checkpoint; nothing in the file is executed."
+    return _tensors(_read_file(path), path)
 
 # %% ../nbs/70_checkpoints.ipynb #77b54443
 def _categories(path, num_classes):
     "`category_ids` and `category_names` of a COCO annotation file; {} without one."
     if not path: return {}
-    rows = json.loads(Path(path).read_text()).get('categories', [])
-    if len(rows) != num_classes:
-        raise ValueError(f'{path} has {len(rows)} categories, the weights have {num_classes} classes')
-    return {f'category_{k}s': [c[k] for c in sorted(rows, key=lambda c: c['id'])] for k in ('id', 'name')}
+    try:
+        rows = sorted((c['id'], c['name']) for c in json.loads(Path(path).read_bytes())['categories'])
+        ids, names = ([o[i] for o in rows] for i in range(2))
+        check_meta(meta := dict(category_ids=ids, category_names=names), num_classes)
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f'{path} does not name the classes ({type(e).__name__}: {e}): give a COCO file with '
+                         '`categories`, an id and a name each') from e
+    return meta
 
+def _read_theirs(args):
+    "The model in `args.source`, and its meta."
+    file = _read_file(args.source)
+    theirs, note = _tensors(file, args.source), file.get('meta')
+    ours = isinstance(note, dict) and 'scratchdet' in note
+    own, meta = read_description(note['scratchdet'], args.source) if ours else ({}, {})
+    try:
+        state = from_mmdet(theirs) if args.origin == 'mmdet' else from_detectron2(theirs)
+        found = model_arguments(state)
+    except ValueError as e: raise ValueError(f'{args.source}: {e}') from e
+    bgr = args.origin == 'detectron2'
+    said = {k: getattr(args, k) or theirs.get(k, torch.empty(0)).flatten().tolist()
+            for k in ('pixel_mean', 'pixel_std')}
+    said = {k: v[::-1] if bgr else v for k, v in said.items() if v}
+    if args.groups is not None: said['groups'] = args.groups
+    model = restore({**found, **own, **said}, state, args.source)
+    return model, {**meta, **_categories(args.categories, model.num_classes)}
+
+# %% ../nbs/70_checkpoints.ipynb #39771b62
 def convert(
     args:argparse.Namespace, # of `parse_args`
 )->Path: # the file written
     "What `python -m scratchdet.checkpoints convert` does."
-    if args.to:
-        model = load_model(args.source)
-        torch.save(dict(state_dict=to_mmdet(model.state_dict()), meta=model.meta), args.target)
-        return Path(args.target)
-    theirs = read_state(args.source)
-    state = from_mmdet(theirs) if args.origin == 'mmdet' else from_detectron2(theirs)
-    bgr = args.origin == 'detectron2'
-    pixels = {k: [float(x) for x in (getattr(args, k) or theirs.get(k, torch.empty(0)).flatten().tolist())]
-              for k in ('pixel_mean', 'pixel_std')}
-    pixels = {k: v[::-1] if bgr else v for k, v in pixels.items() if v}
-    model = build_model({**model_arguments(state), 'groups': args.groups, **pixels})
-    load_weights(model, state, args.source)
-    return save_model(args.target, model, _categories(args.categories, model.num_classes))
+    target, sources = Path(args.target), [Path(o) for o in (args.source, args.categories) if o]
+    if target.resolve() in [o.resolve() for o in sources]:
+        raise ValueError(f'{target} would replace what it is made from: choose another OUT')
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f'{target} is a folder, or in none: OUT is a file in a folder that exists')
+    if not args.to: return save_model(target, *_read_theirs(args))
+    model, data = load_model(args.source), io.BytesIO()
+    about = dict(scratchdet=describe(model, model.meta))
+    torch.save(dict(state_dict=to_mmdet(model.state_dict()), meta=about), data)
+    return write_file(target, data.getbuffer())
 
 # %% ../nbs/70_checkpoints.ipynb #a3554822
 def main(

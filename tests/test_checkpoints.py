@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from scratchdet import checkpoints
 from scratchdet.checkpoints import from_detectron2, from_mmdet, mmdet_names, model_arguments, parse_args, read_state, rename, to_mmdet
 from scratchdet.detector import faster_rcnn, mask_rcnn
-from scratchdet.weights import load_model, load_weights
+from scratchdet.weights import describe, load_model, load_weights, save_model
 
 FOLDER = Path(os.environ.get('SCRATCHDET_REFERENCE', Path(__file__).parents[1].parent/'shared'/'reference'))
 TINY = dict(blocks=(1, 1, 1, 1), width=8, channels=16, fc=24, groups=4)
@@ -118,9 +118,125 @@ def test_convert_refuses_in_one_line(tmp_path):
         convert('--from', 'mmdet', tmp_path/'none.pth', tmp_path/'our.safetensors')
     torch.save(dict(state_dict=to_mmdet(mask_rcnn(**ARGS).state_dict())), tmp_path/'their.pth')
     (tmp_path/'cats.json').write_text(json.dumps(dict(categories=[dict(id=1, name='one')])))
-    with pytest.raises(SystemExit, match='cats.json has 1 categories.*3 classes'):
+    with pytest.raises(SystemExit, match='cats.json .*category_ids are 1, .* 3 classes'):
         convert('--from', 'mmdet', tmp_path/'their.pth', tmp_path/'our.safetensors', '--groups', 4, '--categories', tmp_path/'cats.json')
     assert not (tmp_path/'our.safetensors').exists()
+
+
+FULL = dict(num_classes=3, pixel_mean=(1, 2, 3), pixel_std=(4., 5., 6.), low_quality=.4, nms_thresh=.3, max_dets=7, rpn=dict(post_nms_topk=(9, 8)), **TINY)
+META = dict(category_ids=[2, 3, 9], category_names=['n2', 'n3', 'n9'], short_side=64, long_side=96, more=dict(step=[1, .5]))
+
+
+@pytest.mark.parametrize('build', [mask_rcnn, faster_rcnn])
+def test_ours_to_mmdet_and_back_is_the_same_file(tmp_path, build):
+    "All that the model file says, byte for byte; and mmdetection finds what it looks for."
+    ours = save_model(tmp_path/'our.safetensors', build(**FULL), META)
+    convert('--to', 'mmdet', ours, tmp_path/'their.pth')
+    convert('--from', 'mmdet', tmp_path/'their.pth', tmp_path/'back.safetensors')
+    assert (tmp_path/'back.safetensors').read_bytes() == ours.read_bytes()
+    file = torch.load(tmp_path/'their.pth', weights_only=True)
+    assert set(file) == {'state_dict', 'meta'} and isinstance(file['meta'], dict)
+    assert all(isinstance(v, torch.Tensor) for v in file['state_dict'].values())
+    assert {rename(k, 'mmdet', 'ours') for k in file['state_dict']} == set(load_model(ours).state_dict())
+    (tmp_path/'cats.json').write_text(json.dumps(dict(categories=[dict(id=i, name=f'new {i}') for i in (1, 2, 3)])))
+    convert('--from', 'mmdet', tmp_path/'their.pth', tmp_path/'new.safetensors', '--groups', 2, '--categories', tmp_path/'cats.json')
+    new = load_model(tmp_path/'new.safetensors')
+    assert new.arguments['groups'] == 2 and new.meta == {**META, 'category_ids': [1, 2, 3], 'category_names': ['new 1', 'new 2', 'new 3']}
+
+
+def test_a_source_is_not_its_own_target(tmp_path):
+    ours = save_model(tmp_path/'our.safetensors', faster_rcnn(**ARGS))
+    torch.save(dict(state_dict=to_mmdet(faster_rcnn(**ARGS).state_dict())), tmp_path/'their.pth')
+    (tmp_path/'cats.json').write_text(json.dumps(dict(categories=[dict(id=i, name=f'n{i}') for i in (1, 2, 3)])))
+    (tmp_path/'link.pth').symlink_to(tmp_path/'their.pth')
+    before = {o: o.read_bytes() for o in tmp_path.iterdir()}
+    for words in (['--to', ours, ours], ['--to', ours, tmp_path/'x'/'..'/'our.safetensors'], ['--from', tmp_path/'their.pth', tmp_path/'link.pth'],
+                  ['--from', tmp_path/'their.pth', tmp_path/'their.pth'],
+                  ['--from', tmp_path/'their.pth', tmp_path/'cats.json', '--categories', tmp_path/'cats.json']):
+        with pytest.raises(SystemExit, match='would replace what it is made from'): convert(words[0], 'mmdet', *words[1:], *['--groups', 4][:2 * (words[0] == '--from')])
+    assert {o: o.read_bytes() for o in tmp_path.iterdir()} == before and (tmp_path/'link.pth').is_symlink()
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "Good and bad inputs of the command."
+    folder = tmp_path_factory.mktemp('files')
+    model = faster_rcnn(**ARGS)
+    theirs = to_mmdet(model.state_dict())
+    save_model(folder/'ours.safetensors', model)
+    for name, doc in dict(good=theirs, a_list=[1, 2], scalar={**theirs, 'backbone.conv1.weight': torch.tensor(1.)},
+                          empty={}, numbers={1: torch.zeros(1), 2: 'x'}, few={k: v for k, v in theirs.items() if 'layer4' not in k},
+                          stages={**theirs, 'backbone.layer99999999.0.conv1.weight': torch.zeros(1)},
+                          none={**theirs, 'roi_head.bbox_head.fc_cls.weight': torch.zeros(1, 24)}).items():
+        torch.save(dict(state_dict=doc), folder/f'{name}.pth')
+    said = json.loads(describe(model, {}))
+    for name, text in dict(text='what', number=5, width=json.dumps({**said, 'arguments': {**said['arguments'], 'width': 2**22}}),
+                           blocks=json.dumps({**said, 'arguments': {**said['arguments'], 'blocks': [2**30] * 4}})).items():
+        torch.save(dict(state_dict=theirs, meta=dict(scratchdet=text)), folder/f'says_{name}.pth')
+    data = (folder/'good.pth').read_bytes()
+    for name, part in dict(cut=data[:len(data) // 2], start=data[:9], nothing=b'').items(): (folder/f'{name}.pth').write_bytes(part)
+    torch.save(theirs, folder/'old.pth', _use_new_zipfile_serialization=False)
+    (folder/'old_cut.pth').write_bytes((folder/'old.pth').read_bytes()[:-40])
+    (folder/'folder.pth').mkdir(), (folder/'folder.safetensors').mkdir()
+    rows = [dict(id=i, name=f'n{i}') for i in (1, 2, 3)]
+    for name, doc in dict(listed=rows, nameless=dict(categories=[dict(id=i) for i in range(3)]), words=dict(categories=['a', 'b', 'c']),
+                          twice=dict(categories=[rows[0]] * 3), mixed=dict(categories=[rows[0], dict(id='x', name='y'), rows[1]]),
+                          numbers=dict(categories=[dict(id=i, name=i) for i in range(3)]), without={}).items():
+        (folder/f'{name}.json').write_text(json.dumps(doc))
+    (folder/'broken.json').write_text('{"categories": [')
+    (folder/'bytes.json').write_bytes(b'\xff\xfe\x00')
+    return folder
+
+
+bad_inputs = ['a_list', 'scalar', 'empty', 'numbers', 'few', 'stages', 'none', 'says_text', 'says_number', 'says_width', 'says_blocks', 'cut', 'start', 'nothing',
+              'old_cut', 'folder', 'missing']
+bad_categories = ['listed', 'nameless', 'words', 'twice', 'mixed', 'numbers', 'without', 'broken', 'bytes', 'missing']
+
+
+def refused(files, fault, *words):
+    "One line that names `fault`; nothing is written."
+    before = sorted(files.rglob('*'))
+    with pytest.raises(SystemExit, match=fault) as e: convert(*words)
+    assert str(e.value).startswith('scratchdet.checkpoints: ') and 'more than tensors' not in str(e.value)
+    assert sorted(files.rglob('*')) == before
+
+
+@pytest.mark.parametrize('name', bad_inputs)
+def test_bad_inputs_are_named(files, name):
+    what = dict(cut='is cut off', start='is cut off', nothing='is cut off', old_cut='is cut off', folder='is a folder', missing='does not exist')
+    refused(files, f'{name}.pth.*{what.get(name, "")}', '--from', 'mmdet', files/f'{name}.pth', files/'out.safetensors')
+    if name == 'folder': refused(files, 'is a folder', '--from', 'mmdet', files/'folder.safetensors', files/'out.safetensors')
+
+
+@pytest.mark.parametrize('name', bad_categories)
+def test_bad_categories_are_named(files, name):
+    refused(files, f'{name}.json', '--from', 'mmdet', files/'good.pth', files/'out.safetensors', '--groups', 4, '--categories', files/f'{name}.json')
+
+
+@pytest.mark.parametrize('words, fault', [('--groups 0', 'groups=0'), ('--groups -4', 'groups=-4'), ('--groups 3', '3 groups'), ('--pixel-std 0 0 0', 'pixel_std'),
+                                          ('--pixel-std 1 nan 1', 'pixel_std'), ('--pixel-mean 1 inf 1', 'pixel_mean'), ('--pixel-std -1 1 1', 'pixel_std')])
+def test_bad_numbers_are_named(files, words, fault):
+    refused(files, fault, '--from', 'mmdet', files/'good.pth', files/'out.safetensors', *words.split())
+
+
+@pytest.mark.parametrize('words', [['--to', 'ours.safetensors'], ['--from', 'good.pth', '--groups', 4]])
+def test_bad_targets_are_named(files, words):
+    way, source, *more = words
+    for target in ('nowhere/x', 'folder.pth', 'good.pth/x'): refused(files, target, way, 'mmdet', files/source, files/target, *more)
+
+
+def test_what_has_no_effect_is_refused(capsys):
+    for more in ('--groups 0', '--groups 4', '--pixel-std 0 0 0', '--pixel-mean 1 2 3', '--categories a.json'):
+        with pytest.raises(SystemExit, match='2'): parse_args(['convert', '--to', 'mmdet', 'a', 'b', *more.split()])
+    assert capsys.readouterr().err.count('go with --from') == 5
+
+
+def test_theirs_is_whole_or_absent(files, monkeypatch):
+    def stops(file, data):
+        with file.open('wb') as f: f.write(data[:99])
+        raise OSError('no space left')
+    monkeypatch.setattr(Path, 'write_bytes', stops)
+    refused(files, 'no space left', '--to', 'mmdet', files/'ours.safetensors', files/'out.pth')
 
 
 def test_help_is_quick():
