@@ -108,6 +108,20 @@ def test_names_become_links(docs):
     for text in '`main`', '`nobody`', '# `box_iou`', '[`box_iou`](there)', '```\n`box_iou`\n```': assert names.linked(text, boxes) == text
 
 
+def test_code_leads_to_what_it_imports(docs, site):
+    "A name wherever it stands, its module, but not a string, a keyword or an attribute of that name."
+    text = (site/'50_detector.html').read_text(encoding='utf-8')
+    for link in ('30_anchors.html">scratchdet.anchors', '30_anchors.html#anchors.Anchors">Anchors', '02_toy.html">toy_names'):
+        assert f'<a href="{link}</a>' in text
+    python = '<code class="sourceCode python">{}</code>'
+    kept = ['f(draw<span class="op">=</span>1)', 'o.draw', '<span class="st">"draw"</span>', 'drawn', '<span class="co"># draw</span>']
+    for code in kept: assert docs.linked_code(python.format(code), dict(draw='x')) == python.format(code)
+    for code in 'draw(1)', 'draw <span class="op">==</span> 1':
+        linked = python.format(code.replace('draw', '<a href="x">draw</a>'))
+        assert docs.linked_code(python.format(code), dict(draw='x')) == linked
+    assert docs.linked_code('<code>draw</code>', dict(draw='x')) == '<code>draw</code>'
+
+
 def test_formulas_are_mathml(site):
     "As many as the notebooks have, and none waits for a script."
     for page in every:

@@ -75,14 +75,29 @@ class Names:
             self.modules[path] = module
             for name in (n for c in cells for n in defined(c)): self.places.setdefault(name, []).append(path)
 
+    def address(self, path, name, page):
+        "Link from a page to a name on the page of `path`, or to that page as a whole; '' for a page to itself."
+        anchor = f'#{self.modules[path]}.{name}' if path in self.places.get(name, []) else ''
+        return ('' if path == page else os.path.relpath(path, page.parent)) + anchor
+
     def link(self, name, page):
         "Link from a page to where the name is explained, or None: the name is unknown or, like `main`, explained on several other pages."
-        package = get_config().lib_name
-        paths = [p for p, m in self.modules.items() if name == f'{package}.{m}'] or self.places.get(name, [])
+        paths = self.places.get(name) or self.pages(name)
         if page in paths: paths = [page]
-        if len(paths) != 1: return None
-        anchor = f'#{self.modules[paths[0]]}.{name}' if name in self.places else ''
-        return (os.path.relpath(paths[0], page.parent) if paths[0] != page else '') + anchor or None
+        return self.address(paths[0], name, page) or None if len(paths) == 1 else None
+
+    def pages(self, module):
+        "The page of `package.module`, in a list; none for what is not ours."
+        return [p for p, m in self.modules.items() if module == f'{get_config().lib_name}.{m}']
+
+    def imported(self, page):
+        "Links of what the code of a page imports from the package: modules, and names from them."
+        trees = [o.parsed_() or [] for o in read_nb(page).cells]
+        nodes = [n for tree in trees for o in tree for n in ast.walk(o) if isinstance(n, ast.ImportFrom)]
+        found = [(n, p) for n in nodes for p in self.pages(n.module)]
+        links = {n.module: self.address(p, '', page) for n, p in found}
+        links |= {a.asname or a.name: self.address(p, a.name, page) for n, p in found for a in n.names}
+        return {k: v.replace('.ipynb', '.html') for k, v in links.items() if v}
 
     def linked(self, text, page):
         "Markdown with links under the names in backticks; headings, fenced code and what is a link already stay."
@@ -92,6 +107,15 @@ class Names:
         parts = re.split(r'(^```.*?^```|^#.*?$|\[[^\]\n]*\]\([^)\n]*\))', text, flags=re.S | re.M)
         parts[::2] = [re.sub(r'`([\w.]+)(?:\(\))?`', link, o) for o in parts[::2]]
         return ''.join(parts)
+
+
+def linked_code(text, links):
+    "A built page with links under names in its Python; strings, comments and keywords of calls stay."
+    names = '|'.join(sorted(map(re.escape, links), key=len, reverse=True))
+    token = re.compile(rf'<span class="(?:st|ss|co)">.*?</span>|<[^>]+>|(?<![\w.])({names})(?!\w|\s*(?:<span class="op">)?=(?!=))', re.S)
+    def link(found): return f'<a href="{links[found[1]]}">{found[1]}</a>' if found[1] else found[0]
+    def block(found): return token.sub(link, found[0])
+    return re.sub(r'<code class="sourceCode python">.*?</code>', block, text, flags=re.S) if links else text
 
 
 def page(path, names):
@@ -114,14 +138,13 @@ def page(path, names):
 
 def process(folder):
     "The notebooks as the site shows them, and the files beside them, in a folder."
-    source = get_config().nbs_path
-    names = Names(nbglob(as_path=True).sorted())
+    source, names = get_config().nbs_path, Names(nbglob(as_path=True).sorted())
     for path in [*nbglob(file_glob='', as_path=True), source/'_quarto.yml']:
         to = folder/path.relative_to(source)
         to.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == '.ipynb': write_nb(page(path, names), to)
         elif path.suffix != '.py': shutil.copyfile(path, to)
-    return folder
+    return names
 
 
 # TeX spaces `log x`, `|x|` and `-1` after a bracket or a sign in its own way; the converter leaves it to the browser, which does not.
@@ -139,13 +162,14 @@ def mathml(found):
     return formula
 
 
-def finish(out):
+def finish(out, names):
     "The built site made to work from a folder, without network: formulas are MathML, the index of the search is a script."
-    for path in out.rglob('*.html'):
-        text = path.read_text(encoding='utf-8')
+    for path in names.modules:
+        to = out/path.relative_to(get_config().nbs_path).with_suffix('.html')
+        text = linked_code(to.read_text(encoding='utf-8'), names.imported(path))
         text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', mathml, text, flags=re.S)
         text = re.sub(r'<(?:link|script)[^>]*"https?://[^"]*(?:katex|mathjax|polyfill)[^>]*>(?:</script>)?', '', text, flags=re.I)
-        path.write_text(text, encoding='utf-8')
+        to.write_text(text, encoding='utf-8')
     for path in out.rglob('*.css'):  # a theme's fonts
         style = path.read_text(encoding='utf-8')
         path.write_text(re.sub(r'@import\s+url\(["\']?https?:[^)]*\);?', '', style), encoding='utf-8')
@@ -164,8 +188,9 @@ def renderer():
 def render(folder):
     "The site of the notebooks, made in a folder."
     if not renderer(): sys.exit('the site needs Quarto (https://quarto.org) or, from Python 3.11 on, pip install smalldocs')
-    if subprocess.run(renderer(), cwd=process(folder)).returncode: sys.exit(f'{renderer()[0]} finds fault with the site')
-    return finish(folder/get_config().doc_path.name)
+    names = process(folder)
+    if subprocess.run(renderer(), cwd=folder).returncode: sys.exit(f'{renderer()[0]} finds fault with the site')
+    return finish(folder/get_config().doc_path.name, names)
 
 
 class PageParser(HTMLParser):
