@@ -34,16 +34,17 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 
 # %% ../nbs/20_norm.ipynb #f556814a
 @torch.library.custom_op('scratchdet::group_norm_backward', mutates_args=())
-def _group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, y: Tensor | None,
-                         groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    masked = dy.new_empty(0) if y is None else (dy * (y > 0)).contiguous()
-    wide, grad = _wide(x, groups), _wide(dy if y is None else masked, groups)  # (N, G, m) each
+def _group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
+                         y: Tensor | None, groups: int, residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    masked = dy if y is None else dy * (y > 0)
+    wide, grad = _wide(x, groups), _wide(masked, groups)  # (N, G, m) each
     xhat = (wide - mean[..., None]) * rstd[..., None]
     dweight = (grad * xhat).reshape(x.shape).sum((0, 2, 3))
     dbias = grad.reshape(x.shape).sum((0, 2, 3))
     h = (grad.reshape(x.shape) * weight.view(-1, 1, 1)).reshape(grad.shape)
     dx = (h - h.mean(-1, keepdim=True) - xhat * (h * xhat).mean(-1, keepdim=True)) * rstd[..., None]
     dx = dx.reshape(x.shape).to(x.dtype).contiguous(memory_format=_layout(x))
+    masked = masked.contiguous(memory_format=_layout(x)) if residual and y is not None else dy.new_empty(0)
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), masked
 
 # %% ../nbs/20_norm.ipynb #07a19b40
@@ -56,12 +57,13 @@ def _group_norm_cpu(x, weight, bias, groups, eps, residual, relu):
     return y.contiguous(memory_format=layout), mean, rstd
 
 @_group_norm_backward.register_kernel('cpu')
-def _group_norm_backward_cpu(dy, x, weight, mean, rstd, y, groups):
+def _group_norm_backward_cpu(dy, x, weight, bias, mean, rstd, y, groups, residual):
     (n, c, h, w), layout, x = x.shape, _layout(x), x.contiguous()
-    dy = dy.contiguous()
-    masked = dy.new_empty(0) if y is None else torch.ops.aten.threshold_backward(dy, y.contiguous(), 0)
+    masked = dy.contiguous()
+    if y is not None: masked = torch.ops.aten.threshold_backward(masked, y.contiguous(), 0)
     dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-        dy if y is None else masked, x, mean, rstd, weight, n, c, h * w, groups, [True, True, True])
+        masked, x, mean, rstd, weight, n, c, h * w, groups, [True, True, True])
+    masked = masked.contiguous(memory_format=layout) if residual and y is not None else dy.new_empty(0)
     return dx.contiguous(memory_format=layout), dweight, dbias, masked
 
 # %% ../nbs/20_norm.ipynb #d9faf748
@@ -71,22 +73,21 @@ def _group_norm_fake(x, weight, bias, groups, eps, residual, relu):
     return torch.empty_like(x, memory_format=_layout(x)), stats, torch.empty_like(stats)
 
 @_group_norm_backward.register_fake
-def _group_norm_backward_fake(dy, x, weight, mean, rstd, y, groups):
-    masked = dy.new_empty(0) if y is None else torch.empty_like(dy, memory_format=torch.contiguous_format)
+def _group_norm_backward_fake(dy, x, weight, bias, mean, rstd, y, groups, residual):
     dx = torch.empty_like(x, memory_format=_layout(x))
+    masked = torch.empty_like(dx) if residual and y is not None else dy.new_empty(0)
     return dx, torch.empty_like(weight), torch.empty_like(weight), masked
 
 # %% ../nbs/20_norm.ipynb #ea40ac67
 def _save(ctx, inputs, output):
-    x, weight, _, ctx.groups, _, residual, relu = inputs
+    x, weight, bias, ctx.groups, _, residual, relu = inputs
     y, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.relu, ctx.has_residual = relu, residual is not None
-    ctx.save_for_backward(x, weight, mean, rstd, y if relu else None)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, y if relu else None)
 
 def _differentiate(ctx, dy, _, __):
-    x, weight, mean, rstd, y = ctx.saved_tensors
-    dx, dweight, dbias, masked = _group_norm_backward(dy, x, weight, mean, rstd, y, ctx.groups)
+    dx, dweight, dbias, masked = _group_norm_backward(dy, *ctx.saved_tensors, ctx.groups, ctx.has_residual)
     dresidual = (masked if ctx.relu else dy) if ctx.has_residual else None
     return dx, dweight, dbias, None, None, dresidual, None
 
