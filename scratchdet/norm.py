@@ -35,7 +35,8 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 # %% ../nbs/20_norm.ipynb #f556814a
 @torch.library.custom_op('scratchdet::group_norm_backward', mutates_args=())
 def _group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-                         y: Tensor | None, groups: int, residual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                         y: Tensor | None, groups: int, residual: bool,
+                         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     masked = dy if y is None else dy * (y > 0)
     wide, grad = _wide(x, groups), _wide(masked, groups)  # (N, G, m) each
     xhat = (wide - mean[..., None]) * rstd[..., None]
