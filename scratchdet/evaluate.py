@@ -25,13 +25,18 @@ def parse_args(
     p.add_argument('--cpu', action='store_true', help='use no GPU')
     p.add_argument('--pycocotools', action='store_true', help='count with pycocotools, the slow original')
     p.add_argument('--quiet', action='store_true', help='print errors alone')
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    for name, least in dict(short=1, long=1, batch_size=1, workers=0).items():
+        if (value := getattr(args, name)) is not None and value < least:
+            p.error(f'--{name.replace("_", "-")} {value} must be {least} or more')
+    return args
 
 if __name__ == '__main__' and __spec__: args = parse_args()
 
-# %% ../nbs/63_evaluate.ipynb #3c5cb821
+# %% ../nbs/63_evaluate.ipynb #17bddfe5
 import contextlib, io, sys
 from pathlib import Path
+from tempfile import TemporaryFile
 import hotcoco, numpy as np, orjson, torch
 from accelerate import Accelerator
 from pycocotools.coco import COCO
@@ -43,7 +48,7 @@ from .masks import mask_to_rle
 from .coco import CocoIndex, coco_split, load_index
 from .loader import eval_loader
 from .detector import scale_detections
-from .weights import load_model, sync
+from .weights import load_model, write_file
 from .watch import MainFailed, by_main, lost_process
 
 # %% ../nbs/63_evaluate.ipynb #68a33f4a
@@ -192,21 +197,21 @@ def detect(
     return None if found is None else [row for i in index.image_ids.tolist() for row in found[i]]
 
 # %% ../nbs/63_evaluate.ipynb #f851cbaa
-def _write_json(path, doc):
-    "Write `doc`, complete or not at all."
-    new = path.with_suffix('.new')
-    new.write_bytes(orjson.dumps(doc))
-    sync(new)
-    new.replace(path)
+def _claim(out):
+    "Make the folder and try to write into it."
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
+    except OSError as e: raise OSError(f'{out} is no folder to write into ({e}): choose another --out') from e
 
 def _count(records, index, kinds, run, out):
     "The table of all records; with `out`, both are written there."
     truth = ground_truth(index)
     results = {**{k: coco_ap(truth, records, k, run) for k in kinds}, 'images': len(index)}
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        _write_json(Path(out)/'detections.json', records)
-        _write_json(Path(out)/'results.json', results)
+    try:
+        for name, doc in dict(detections=records, results=results).items() if out else ():
+            write_file(Path(out)/f'{name}.json', orjson.dumps(doc))
+    except OSError as e: raise OSError(f'{e}; what could not be written:\n{table(results)}') from e
     return results
 
 # %% ../nbs/63_evaluate.ipynb #88728cd6
@@ -220,6 +225,7 @@ def evaluate(
     run=run_hotcoco, # what counts: `run_hotcoco` or `run_pycocotools`
 )->dict: # `bbox` and, with a mask head, `segm`: each what `coco_ap` returns; `images`, their number
     "COCO AP of `detector` on the images of `index`, the same in every process."
+    if out: by_main(lambda: _claim(out), accelerator)
     records = detect(detector, index, loader, accelerator)
     model = accelerator.unwrap_model(detector) if accelerator else detector
     kinds = ['bbox'] if model.mask_head is None else ['bbox', 'segm']
@@ -227,16 +233,20 @@ def evaluate(
 
 # %% ../nbs/63_evaluate.ipynb #f09f7020
 def check_categories(
-    meta:dict, # of a model file
-    index:CocoIndex, # images to be evaluated
+    model:nn.Module, # of `load_model`
+    index:CocoIndex, # annotations that are to be used with it
     path='the weights', # of the model file, for the message
 )->None:
     "Raise where the model's categories are not those of the annotations."
-    known = meta.get('category_names')
-    if known is not None and list(known) != list(index.names):
-        odd = ', '.join(sorted(set(known) ^ set(index.names))[:5]) or 'their order'
-        raise ValueError(f'{path} knows {len(known)} categories, {index.json_path} has {len(index.names)}; '
-                         f'they differ in {odd}: evaluate on the categories of the training')
+    odd = ['number'] if model.num_classes != len(index.names) else []
+    here = dict(category_ids=index.category_ids.tolist(), category_names=list(index.names))
+    for key, there in here.items():
+        known = list(model.meta.get(key, there))
+        if known != there: odd += list(map(str, sorted(set(known) ^ set(there))))[:5] or ['order']
+    if odd:
+        raise ValueError(
+            f'{path} knows {model.num_classes} categories, {index.json_path} has {len(index.names)}; they differ '
+            f'in {", ".join(odd)}: give annotations with the categories of the training')
 
 # %% ../nbs/63_evaluate.ipynb #7b14a0c9
 def eval_scale(
@@ -258,7 +268,7 @@ def main(
         model, split = load_model(args.weights), coco_split(args.coco, args.split)
         by_main(lambda: len(load_index(*split)), accelerator)
         index = load_index(*split)
-        check_categories(model.meta, index, args.weights)
+        check_categories(model, index, args.weights)
         short, long = eval_scale(model.meta, args.short, args.long)
         loader = eval_loader(
             index, batch_size=args.batch_size, process=accelerator.process_index,

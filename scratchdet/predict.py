@@ -159,7 +159,7 @@ def _source(args, model):
         def draw_alone(i, image, det, path): save_picture(image, det, path, names)
         return files, range(1, len(files) + 1), draw_alone
     index = load_index(*coco_split(args.coco, args.split))
-    check_categories(model.meta, index, args.weights)
+    check_categories(model, index, args.weights)
     def draw_beside(i, image, det, path):
         fig = compare(index, i, det, args.score)
         fig.savefig(path, dpi=100)

@@ -14,10 +14,12 @@ from torch import nn
 
 from scratchdet.coco import coco_split, load_index
 from scratchdet.detector import mask_rcnn
-from scratchdet.evaluate import coco_ap, detect, evaluate, ground_truth, numbers, run_hotcoco, run_pycocotools
+from scratchdet.evaluate import (coco_ap, detect, evaluate, ground_truth, main, numbers, parse_args, run_hotcoco,
+                                 run_pycocotools)
 from scratchdet.loader import eval_loader
 from scratchdet.masks import mask_to_rle
 from scratchdet.toy import make_toy
+from scratchdet.weights import save_model
 
 height, width, kinds = 60, 80, ('bbox', 'segm')
 
@@ -319,6 +321,62 @@ def test_files_are_whole_or_absent(index, tmp_path, monkeypatch):
     monkeypatch.setattr('pathlib.Path.write_bytes', full)
     with pytest.raises(OSError, match='no space'): evaluate(Perfect(index), index, loaders(index, 1)[0], out=tmp_path)
     assert (tmp_path/'results.json').read_bytes() == before
+
+
+class Idle(Perfect):
+    "Must not be asked."
+    def forward(self, batch): raise AssertionError('images were looked at before the folder')
+
+
+@pytest.mark.parametrize('out', ['file', 'file/inside', '/proc/none', '/proc'])
+def test_a_bad_folder_is_found_before_the_work(index, tmp_path, out):
+    (tmp_path/'file').write_text('kept')
+    with pytest.raises(OSError, match=f'{out} is no folder to write into'):
+        evaluate(Idle(index), index, loaders(index, 1)[0], out=tmp_path/out)
+    assert (tmp_path/'file').read_text() == 'kept' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_good_folder_is_left_as_it_was(index, tmp_path):
+    with pytest.raises(AssertionError): evaluate(Idle(index), index, loaders(index, 1)[0], out=tmp_path/'new/folder')
+    assert list((tmp_path/'new/folder').iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_table(index, tmp_path, monkeypatch):
+    "What an hour of work gave is in the message where it cannot be in a file."
+    def full(self, data): raise OSError('no space left on device')
+    monkeypatch.setattr('pathlib.Path.write_bytes', full)
+    with pytest.raises(OSError, match='(?s)no space left.*AP50.*bbox 100.0 100.0'): evaluate(Perfect(index), index, loaders(index, 1)[0], out=tmp_path)
+
+
+@pytest.fixture(scope='module')
+def files(index, tmp_path_factory):
+    "Model files of 3, 6 and 9 classes that say nothing about them; and of 6 that say other names or ids."
+    folder, tiny = tmp_path_factory.mktemp('models'), dict(blocks=(1, 1, 1, 1), width=8, channels=8, fc=8, groups=4)
+    names, ids = list(index.names), index.category_ids.tolist()
+    known = dict(none={}, names=dict(category_names=names[::-1]), ids=dict(category_ids=[i + 10 for i in ids]), both=dict(category_names=names, category_ids=ids),
+                 turned=dict(category_names=names, category_ids=ids[::-1]))
+    for name, meta in known.items(): save_model(folder/f'{name}.safetensors', mask_rcnn(6, **tiny), dict(**meta, short_side=32, long_side=48))
+    for k in (3, 9): save_model(folder/f'{k}.safetensors', mask_rcnn(k, **tiny))
+    return folder
+
+
+@pytest.mark.parametrize('name, fault', [('3', 'knows 3 categories, .* has 6; they differ in number'), ('9', 'knows 9 categories, .* has 6; they differ in number'),
+                                         ('names', 'differ in order'), ('ids', 'differ in 1, 2, '), ('turned', 'differ in order')])
+def test_another_model_is_refused(index, files, name, fault):
+    words = ['--weights', str(files/f'{name}.safetensors'), '--coco', str(index.json_path.parents[1]), '--cpu', '--quiet']
+    with pytest.raises(SystemExit, match=f'scratchdet.evaluate: .*{name}.safetensors {fault if "knows" in fault else ".*" + fault}'): main(parse_args(words))
+
+
+@pytest.mark.parametrize('name', ['none', 'both'])
+def test_the_same_categories_are_accepted(index, files, name):
+    words = ['--weights', str(files/f'{name}.safetensors'), '--coco', str(index.json_path.parents[1]), '--cpu', '--quiet', '--workers', '0']
+    assert main(parse_args([*words, '--short', '32', '--long', '48']))['images'] == 7
+
+
+@pytest.mark.parametrize('words', ['--batch-size 0', '--batch-size -1', '--short 0', '--short -5', '--long 0', '--long -1', '--workers -1', '--workers x'])
+def test_numbers_that_cannot_be(words, capsys):
+    with pytest.raises(SystemExit) as e: parse_args(['--weights', 'a', '--coco', 'b', *words.split()])
+    assert e.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
 def test_truth_is_the_file_unrounded(index):
