@@ -245,8 +245,8 @@ def check_categories(
         if known != there: odd += list(map(str, sorted(set(known) ^ set(there))))[:5] or ['order']
     if odd:
         raise ValueError(
-            f'{path} knows {model.num_classes} categories, {index.json_path} has {len(index.names)}; they differ '
-            f'in {", ".join(odd)}: give annotations with the categories of the training')
+            f'{path} knows {model.num_classes} categories, {index.json_path} has {len(index.names)}; they '
+            f'differ in {", ".join(odd)}: give annotations with the categories of the training')
 
 # %% ../nbs/63_evaluate.ipynb #7b14a0c9
 def eval_scale(

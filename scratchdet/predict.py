@@ -27,6 +27,10 @@ def parse_args(
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     args = p.parse_args(argv)
     if bool(args.images) == bool(args.coco): p.error('give images or folders, or --coco DIR')
+    if not 0 <= args.score <= 1: p.error(f'--score {args.score} must be from 0 to 1')
+    for name in ('count', 'short', 'long'):
+        if (value := getattr(args, name)) is not None and value < 1:
+            p.error(f'--{name} {value} must be 1 or more')
     return args
 
 if __name__ == '__main__' and __spec__: args = parse_args()
@@ -41,7 +45,7 @@ from .coco import CocoIndex, coco_split, load_index
 from .transforms import read_image, resize_image, resized_size
 from .loader import Sample, bucket_edges, bucket_shape, collate
 from .detector import Detector, scale_detections
-from .weights import load_model
+from .weights import load_model, write_file
 from .evaluate import check_categories, detections_to_coco, eval_scale
 
 # %% ../nbs/65_predict.ipynb #50181271
@@ -60,6 +64,15 @@ def find_images(
         found += files
     return list(dict.fromkeys(found))
 
+# %% ../nbs/65_predict.ipynb #cf781015
+def _check_image(image):
+    "Raise where `image` is not one of `predict`."
+    tensor = isinstance(image, torch.Tensor)
+    if tensor and image.dtype == torch.uint8 and image.ndim == 3 == len(image) and image.numel(): return
+    got = f'{image.dtype} {tuple(image.shape)}' if tensor else f'a {type(image).__name__}'
+    raise ValueError(f'an image is {got}, not torch.uint8 (3, H, W) as `read_image` gives it; one image goes '
+                     'into a list: predict(model, [image])')
+
 # %% ../nbs/65_predict.ipynb #b3796c95
 def predict(
     model:Detector, # its mode is kept
@@ -75,6 +88,7 @@ def predict(
     try:
         with torch.inference_mode():
             for image in images:
+                _check_image(image)
                 size = resized_size(*image.shape[-2:], short, long)
                 sample = Sample(resize_image(image, size), torch.zeros(0, 4), torch.zeros(0).long())
                 det, = model(collate([sample], bucket_shape(*size, bucket_edges(short, long))).to(device))
@@ -151,7 +165,7 @@ def picture_paths(
         first[path] = file
     return paths
 
-# %% ../nbs/65_predict.ipynb #d3fa6233
+# %% ../nbs/65_predict.ipynb #3b4dcfe0
 def _source(args, model):
     "Files, their numbers, and how to draw file `i`, which is `image`, with the detections `det` to `path`."
     if args.images:
@@ -167,20 +181,24 @@ def _source(args, model):
     some = range(min(args.count, len(index)))
     return [index.path(i) for i in some], index.image_ids[some.start:some.stop].tolist(), draw_beside
 
+# %% ../nbs/65_predict.ipynb #d3fa6233
 def _predict_all(args, model, scale):
-    "Draw every picture and write `predictions.json`; the pictures, and how many objects are in them."
+    "Draw every picture and write `predictions.json`; the pictures, how many objects are in them, and errors."
     files, ids, draw = _source(args, model)
-    paths, kinds, sizes, records = picture_paths(files, args.out), categories(model), [], []
+    paths, kinds, done, records, bad = picture_paths(files, args.out), categories(model), [], [], []
     for i, path in enumerate(tqdm(paths, disable=args.quiet)):
-        image = read_image(files[i])
+        try: image = read_image(files[i])
+        except (ValueError, OSError) as e:
+            bad.append(e)
+            continue
         det, = predict(model, [image], **scale)
         draw(i, image, det, path)
-        sizes.append(image.shape[-2:])
+        done.append((files[i], image.shape[-2:], ids[i], path))
         records += detections_to_coco(det, ids[i], [o['id'] for o in kinds])
-    new = Path(args.out)/'predictions.new'
-    new.write_bytes(orjson.dumps(to_coco(files, sizes, ids, records, kinds)))
-    new.replace(new.with_suffix('.json'))
-    return paths, len(records)
+    files, sizes, ids, paths = zip(*done) if done else [()] * 4
+    doc = to_coco(files, sizes, ids, records, kinds)
+    write_file(Path(args.out)/'predictions.json', orjson.dumps(doc))
+    return list(paths), len(records), bad
 
 # %% ../nbs/65_predict.ipynb #370de19f
 def main(
@@ -193,10 +211,11 @@ def main(
         short, long = eval_scale(model.meta, args.short, args.long)
         scale = dict(short=short, long=long, score=args.score)
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        paths, found = _predict_all(args, model, scale)
+        paths, found, bad = _predict_all(args, model, scale)
     except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.predict: {e}')
     less = '' if found else f'; nothing scores {args.score:g} or more: --score takes less'
     if not args.quiet: print(f'{len(paths)} pictures with {found} detections in {args.out}{less}')
+    if bad: raise SystemExit('\n'.join(f'scratchdet.predict: {o}' for o in bad))
     return paths
 
 # %% ../nbs/65_predict.ipynb #4aff361a

@@ -1,11 +1,13 @@
 "Prediction from the command line: what it writes, and how it fails."
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from scratchdet import evaluate as evaluation, predict as prediction
 from scratchdet.coco import coco_split, load_index
 from scratchdet.detector import mask_rcnn
 from scratchdet.evaluate import detections_to_coco, eval_scale, evaluate
@@ -46,6 +48,71 @@ def test_a_folder_becomes_pictures_and_json(toy, weights, tmp_path):
     assert {o['image_id'] for o in doc['annotations']} <= {o['id'] for o in doc['images']}
     assert all({'score', 'segmentation', 'bbox', 'area', 'iscrowd'} <= set(o) for o in doc['annotations'])
     assert len(list((tmp_path/'out').glob('*.jpg'))) == 5
+
+
+def test_bad_images_do_not_stop_the_others(toy, weights, tmp_path, capsys):
+    "Two of seven files: five pictures, five images in the json, both names at the end, code 1."
+    folder = shutil.copytree(toy/'val2017', tmp_path/'in')
+    whole = sorted(folder.glob('*.jpg'))
+    (folder/'0_torn.jpg').write_bytes(whole[0].read_bytes()[:99])
+    (folder/'empty.png').touch()
+    words = ['--weights', str(weights), '--score', '0', '--cpu', '--out']
+    with pytest.raises(SystemExit) as e: main(parse_args([str(folder), *words, str(tmp_path/'out')]))
+    assert [o.partition('/in/')[2].split()[0] for o in e.value.code.splitlines()] == ['0_torn.jpg', 'empty.png']
+    assert '5 pictures' in capsys.readouterr().out
+    doc = json.loads((tmp_path/'out/predictions.json').read_text())
+    assert [o['file_name'] for o in doc['images']] == [str(o) for o in whole] and len(doc['annotations']) > 0
+    assert {o['image_id'] for o in doc['annotations']} <= {o['id'] for o in doc['images']}
+    assert sorted(o.stem for o in (tmp_path/'out').glob('*.jpg')) == [o.stem for o in whole]
+    by_name = {o['id']: o['file_name'] for o in doc['images']}
+    main(parse_args([*map(str, whole), *words, str(tmp_path/'good')]))
+    good = json.loads((tmp_path/'good/predictions.json').read_text())
+    names = {o['id']: o['file_name'] for o in good['images']}
+    assert [(by_name[o['image_id']], o['bbox']) for o in doc['annotations']] == [(names[o['image_id']], o['bbox']) for o in good['annotations']]
+
+
+def test_a_data_set_with_a_bad_image(toy, weights, tmp_path):
+    root = shutil.copytree(toy, tmp_path/'toy')
+    bad = sorted((root/'val2017').glob('*.jpg'))[1]
+    bad.write_bytes(b'torn')
+    with pytest.raises(SystemExit, match=f'{bad.name} is not an image') as e:
+        main(parse_args(['--coco', str(root), '--weights', str(weights), '--out', str(tmp_path/'out'), '--count', '3', '--cpu', '--quiet']))
+    assert '\n' not in str(e.value) and len(json.loads((tmp_path/'out/predictions.json').read_text())['images']) == 2
+    assert len(list((tmp_path/'out').glob('*.jpg'))) == 2
+
+
+def test_a_full_disk_stops_the_command(toy, weights, tmp_path, monkeypatch):
+    "That a picture cannot be written is no fault of its image."
+    def full(*args, **kwargs): raise OSError('no space left on device')
+    monkeypatch.setattr('scratchdet.predict.save_picture', full)
+    with pytest.raises(SystemExit, match='no space left'):
+        main(parse_args([str(toy/'val2017'), '--weights', str(weights), '--out', str(tmp_path), '--cpu', '--quiet']))
+    assert list(tmp_path.iterdir()) == []
+
+
+good = torch.zeros(3, 40, 50, dtype=torch.uint8)
+bad_images = {
+    'float': [good / 255], 'one channel': [good[:1]], 'four channels': [torch.cat([good, good[:1]])], 'channels last': [good.permute(1, 2, 0)],
+    'grey': [good[0]], 'no pixel': [good[:, :, :0]], 'a batch in a list': [good[None]], 'int64': [good.long()], 'an array': [good.numpy()],
+    'a path': ['x.jpg'], 'one tensor': good, 'a number': [3], 'None': [None], 'the second one': [good, good.float()]}
+
+
+@pytest.mark.parametrize('images', bad_images.values(), ids=bad_images)
+def test_what_is_no_image_is_refused(weights, images):
+    model = load_model(weights).train()
+    with pytest.raises(ValueError, match=r'not torch.uint8 \(3, H, W\).*predict\(model, \[image\]\)'): predict(model, images, short=64, long=96)
+    assert model.training
+
+
+def test_batches_and_iterators_are_images(weights):
+    model = load_model(weights)
+    for images in (torch.stack([good, good]), iter([good, good])): assert len(predict(model, images, short=64, long=96)) == 2
+
+
+@pytest.mark.parametrize('words', ['--score 1.1', '--score -0.1', '--score nan', '--score x', '--count 0', '--count -1', '--short 0', '--short -5', '--long 0'])
+def test_numbers_that_cannot_be(words, capsys):
+    with pytest.raises(SystemExit) as e: parse_args(['a.jpg', '--weights', 'a', '--out', 'b', *words.split()])
+    assert e.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
 def test_a_data_set_is_drawn_beside_its_objects(toy, weights, tmp_path):
@@ -103,9 +170,11 @@ def test_evaluation_from_the_command_line(toy, weights, tmp_path):
     assert json.loads((tmp_path/'results.json').read_text())['images'] == 5
 
 
-def test_other_categories_are_refused(coco_mini, weights, tmp_path):
-    done = call('--coco', coco_mini, '--weights', weights, '--out', tmp_path, '--cpu', '--quiet', module='evaluate')
-    assert done.returncode == 1 and 'knows 6 categories' in done.stderr and 'has 80' in done.stderr and 'differ in number' in done.stderr
+@pytest.mark.parametrize('module', [evaluation, prediction])
+def test_other_categories_are_refused(coco_mini, weights, tmp_path, module):
+    words = ['--coco', str(coco_mini), '--weights', str(weights), '--out', str(tmp_path), '--cpu', '--quiet']
+    with pytest.raises(SystemExit, match='knows 6 categories, .* has 80; they differ in number, .*: give annotations with the categories of the training'):
+        module.main(module.parse_args(words))
 
 
 def test_real_images_of_any_size(coco_mini, weights):
