@@ -207,10 +207,10 @@ def changed(draw):
     for _ in range(draw(st.integers(1, 3))):
         where, key = spot(draw, doc)
         what = draw(st.sampled_from(['set', 'set', 'shape', 'delete', 'copy', 'move']))
-        if what == 'set': where[key] = draw(values)
+        if what == 'set': where[key] = copy(draw(values))
         elif what == 'shape' and doc.get('annotations') and isinstance(doc['annotations'], list):
             row = doc['annotations'][draw(st.integers(0, len(doc['annotations']) - 1))]
-            if isinstance(row, dict): row['segmentation'] = draw(shapes)
+            if isinstance(row, dict): row['segmentation'] = copy(draw(shapes))
         elif what == 'delete': del where[key]
         elif what == 'copy' and isinstance(where, list): where.append(copy(where[key]))
         elif what == 'move':
