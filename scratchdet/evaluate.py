@@ -45,7 +45,7 @@ from torch import distributed, nn
 from tqdm import tqdm
 from .boxes import xyxy_to_xywh
 from .masks import mask_to_rle
-from .coco import CocoIndex, coco_split, load_index
+from .coco import CocoIndex, _parse, coco_split, load_index
 from .loader import eval_loader
 from .detector import scale_detections
 from .weights import load_model, write_file
@@ -105,8 +105,11 @@ def ground_truth(
     index:CocoIndex, # the images that count
 )->dict: # `images`, `annotations`, `categories` as in COCO's files
     "The annotations of the images of `index`, crowds included."
-    doc, ids = orjson.loads(index.json_path.read_bytes()), set(index.image_ids.tolist())
-    def complete(i, a): return {'iscrowd': 0, 'area': a['bbox'][2] * a['bbox'][3], **a, 'id': i}
+    doc, ids = _parse(index.json_path), set(index.image_ids.tolist())
+    used = 'image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'segmentation'
+    def complete(i, a):
+        a = {k: a[k] for k in used if k in a}
+        return {'iscrowd': 0, 'area': a['bbox'][2] * a['bbox'][3], **a, 'id': i}
     anns = [complete(i, a) for i, a in enumerate((a for a in doc['annotations'] if a['image_id'] in ids), 1)]
     images = [dict(id=int(i), height=int(h), width=int(w)) for i, (h, w) in zip(index.image_ids, index.sizes)]
     kinds = [dict(id=int(i), name=n) for i, n in zip(index.category_ids, index.names)]

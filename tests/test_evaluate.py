@@ -403,3 +403,18 @@ def test_real_annotations(coco_mini):
     assert_equal(truth, found)
     ap = coco_ap(truth, found)
     assert 0 < ap['AP'] < 1 and len(ap['per_category']) == 80 and set(numbers) < set(ap)
+
+
+def test_fields_that_nobody_needs_may_hold_anything(tmp_path):
+    "NaN is no json, a dict no score; neither is asked for, so neither changes the table or ends the evaluation."
+    root = make_toy(tmp_path/'toy', train=1, val=3, size=(64, 96))
+    wanted = ground_truth(load_index(*coco_split(root, 'val')))
+    file, = root.glob('annotations/instances_val*.json')
+    doc = json.loads(file.read_text())
+    for o, odd in zip(doc['annotations'], (float('nan'), {}, 1 << 80, '\ud800')): o['score'] = odd
+    file.write_text(json.dumps(doc))
+    truth = ground_truth(load_index(*coco_split(root, 'val')))
+    assert truth == wanted and len(truth['annotations']) >= 4
+    perfect = [dict(image_id=o['image_id'], category_id=o['category_id'], bbox=o['bbox'], score=.9)
+               for o in truth['annotations'] if not o['iscrowd']]
+    for run in (run_hotcoco, run_pycocotools): assert coco_ap(truth, perfect, 'bbox', run)['AP'] == pytest.approx(1)
