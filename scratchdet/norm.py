@@ -17,16 +17,18 @@ def _layout(x):
 
 def _wide(x, groups):
     "Groups in a row, (N, G, m), in float32 or wider."
-    return x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], groups, -1)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.reshape(len(x), groups, x.shape[1:].numel() // groups)
 
 # %% ../nbs/20_norm.ipynb #1fede50d
 @torch.library.custom_op('scratchdet::group_norm', mutates_args=())
 def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, residual: Tensor | None,
                 relu: bool) -> tuple[Tensor, Tensor, Tensor]:
     wide = _wide(x, groups)
-    var, mean = torch.var_mean(wide, -1, correction=0)  # (N, G) each
-    rstd = (var + eps).rsqrt()
-    y = ((wide - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+    mean = wide.mean(-1)  # (N, G)
+    centred = wide - mean[..., None]
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    y = (centred * rstd[..., None]).reshape(x.shape)
     y = y * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
     if residual is not None: y = y + residual
     if relu: y = y.relu()
