@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from pages import pages, root
 
-commands = 'toy', 'plan', 'train', 'evaluate', 'predict', 'checkpoints'
+commands = 'toy', 'plan', 'train', 'evaluate', 'predict', 'report', 'checkpoints'
 
 
 @pytest.fixture(scope='module')
