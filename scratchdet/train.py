@@ -45,7 +45,7 @@ from tqdm import tqdm
 from .viz import curves, draw
 from .coco import CocoIndex, coco_split, load_index, training_images
 from .transforms import read_image
-from .loader import eval_loader, train_loader
+from .loader import _check_masks, eval_loader, train_loader
 from .matcher import image_keys
 from .detector import Detector, faster_rcnn, mask_rcnn, scale_detections
 from .init import init_detector
@@ -227,13 +227,14 @@ def write_line(
     return line
 
 # %% ../nbs/64_train.ipynb #1bee4ba8
-def _data(coco):
+def _data(coco, masks):
     "Training images with something to learn from, and all validation images."
     images, val = (load_index(*coco_split(coco, o)) for o in ('train', 'val'))
     kinds = [dict(zip(o.category_ids.tolist(), o.names)) for o in (images, val)]
     if odd := kinds[0].items() ^ kinds[1].items():
         raise ValueError(f'{coco}: the categories of train and val differ, such as {min(odd)}; give both the '
                          'same ids and names')
+    if masks: _check_masks(images), _check_masks(val)
     return training_images(images), val
 
 def _resume(run):
@@ -259,8 +260,8 @@ class Run:
         self.recipe, self.out, cpu = recipe, Path(out), cpu or not torch.cuda.is_available()
         patience = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * recipe.hang_timeout))
         a = self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
-        by_main(lambda: len(_data(coco)), a)
-        self.images, self.val = _data(coco)
+        by_main(lambda: len(_data(coco, recipe.masks)), a)
+        self.images, self.val = _data(coco, recipe.masks)
         self.schedule = recipe_schedule(recipe, len(self.images))
         self.epoch = epoch_steps(len(self.images), recipe.batch_size)
         _, self.parts = split_batch(recipe.batch_size, a.num_processes, recipe.images_per_process)

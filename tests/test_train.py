@@ -217,3 +217,18 @@ def test_a_damaged_log_is_named_and_a_damaged_evaluation_done_again(toy, tmp_pat
     with (tmp_path/'run/log.jsonl').open('a') as f: f.write('{no line}\n')
     with pytest.raises(SystemExit, match='log.jsonl has a line that is none of a log'):
         main(parse_args(words(recipe, toy, tmp_path/'run')))
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_objects_without_masks_are_told_before_the_first_step(split, toy, tmp_path):  # noqa: F811
+    root = tmp_path/'toy'
+    shutil.copytree(toy, root, ignore=shutil.ignore_patterns('.scratchdet'))
+    file, = root.glob(f'annotations/instances_{split}*.json')
+    doc = json.loads(file.read_text())
+    number = next(o['id'] for o in doc['annotations'] if not o['iscrowd'])
+    for o in doc['annotations']:
+        if o['id'] == number: del o['segmentation']
+    file.write_text(json.dumps(doc))
+    said = refusal(tiny, root, tmp_path/'run')
+    assert file.name in said and f'annotation {number} has no segmentation' in said and 'without masks' in said
+    assert not (tmp_path/'run').exists()
