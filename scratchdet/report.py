@@ -196,7 +196,7 @@ def draw_lines(
     "Runs in one picture."
     for o in lines:
         ax.plot(o.xs, o.ys, color=_colour(o.run), lw=1.5, ls='--' if o.dashed else '-',
-                marker='o' if len(o.xs) < 20 else '', ms=3)
+                marker='o' if len(o.xs) < 20 else '', ms=3, clip_on=False)
     ax.set_title(title, fontsize=10)
     ax.set_xlabel(xlabel, fontsize=9)
     ax.tick_params(labelsize=8)
