@@ -34,6 +34,16 @@ def coco_mini():
     return shared('SCRATCHDET_COCO', '../shared/coco-mini')
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    "Results to the last bit are those of one thread, as in the processes that tests start."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     "No test writes into the user's cache."

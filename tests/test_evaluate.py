@@ -254,7 +254,7 @@ def launch(script, processes, *args, timeout=300):
 
 
 @pytest.fixture(scope='module')
-def alone(index, tmp_path_factory):
+def alone(index, tmp_path_factory, one_thread):
     out = tmp_path_factory.mktemp('alone')
     return rounds(index, None, out), out
 
