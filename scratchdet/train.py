@@ -53,7 +53,7 @@ from .weights import save_model, sync
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
 from .watch import MainFailed, StopSignals, Watch, by_main, lost_process
 from .schedule import check_lr, epoch_steps, split_batch
-from .optim import check_trainable, sgd
+from .optim import check_trainable, sgd, usable_precision
 from .recipes import (Recipe, detector_arguments, load_recipe, recipe_differences, recipe_schedule,
                                 save_recipe)
 from .evaluate import evaluate, table
@@ -181,7 +181,8 @@ class Report:
     ):
         self.file, self.accelerator, main = Path(file), accelerator, accelerator.is_main_process
         if main: _cut_log(self.file, step)
-        self.bar = tqdm(total=steps, initial=step, unit='step', disable=not (main and progress),
+        precision = 'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'
+        self.bar = tqdm(total=steps, initial=step, unit='step', disable=not (main and progress), desc=precision,
                         dynamic_ncols=True, mininterval=.5 if sys.stderr.isatty() else 30)
         self.restart()
 
@@ -256,8 +257,9 @@ class Run:
         out:str, # run folder
         cpu:bool=False, # use no GPU
     ):
-        precision = dict(fp32='no', bf16='bf16')[recipe.precision]
         self.recipe, self.out, cpu = recipe, Path(out), cpu or not torch.cuda.is_available()
+        self.precision = usable_precision(recipe.precision, 'cpu' if cpu else 'cuda')
+        precision = dict(fp32='no', bf16='bf16')[self.precision]
         patience = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * recipe.hang_timeout))
         a = self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
         by_main(lambda: len(_data(coco, recipe.masks)), a)
