@@ -182,8 +182,8 @@ class Report:
         self.file, self.accelerator, main = Path(file), accelerator, accelerator.is_main_process
         if main: _cut_log(self.file, step)
         precision = 'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'
-        self.bar = tqdm(total=steps, initial=step, unit='step', disable=not (main and progress), desc=precision,
-                        dynamic_ncols=True, mininterval=.5 if sys.stderr.isatty() else 30)
+        self.bar = tqdm(total=steps, initial=step, desc=precision, unit='step', dynamic_ncols=True,
+                        disable=not (main and progress), mininterval=.5 if sys.stderr.isatty() else 30)
         self.restart()
 
     def restart(self):

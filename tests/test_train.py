@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from runs import command, finish, log, losses, start, tiny, toy  # noqa: F401  (a fixture)
 
 from scratchdet.coco import coco_split, load_index, training_images
@@ -68,8 +69,10 @@ def test_one_seed_is_one_run(toy, tmp_path):
 def test_the_run_computes_in_what_the_processor_has(toy, tmp_path, monkeypatch):
     for has, precision in ((False, 'no'), (True, 'bf16')):
         monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx2=True, avx512_bf16=has))
+        AcceleratorState._reset_state(True)
         run = Run(replace(tiny, precision='bf16'), toy, tmp_path/precision, cpu=True)
         assert run.accelerator.mixed_precision == precision and run.recipe.precision == 'bf16'
+    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.skipif(usable_precision('bf16', 'cpu') == 'fp32', reason='this processor has no bf16')
