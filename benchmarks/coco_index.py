@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from common import command, hardware, own_peak, write
+
 sizes = np.array([[480, 640], [640, 480], [427, 640], [640, 427], [375, 500], [500, 375], [612, 612], [360, 640]])
 
 
@@ -87,11 +89,6 @@ def write_coco(path, images=118287, annotations=860001, seed=0, block=20000):
             f.write(b',' * (start > 0) + part[1:-1])
         f.write(b'],"categories": ' + text(categories) + b'}')
     return folder
-
-
-def own_peak():
-    "Peak resident memory of this process, GB (`ru_maxrss` would count its parent's)."
-    with open('/proc/self/status') as f: return next(int(o.split()[1]) for o in f if o.startswith('VmHWM')) / 2 ** 20
 
 
 def own_memory():
@@ -185,21 +182,17 @@ def main():
         name, _, how = args.one.partition(' ')
         result = workers(args.folder, how, name, args.read) if how else dict(build=build, pycocotools=pycocotools)[name](args.folder)
         return print(json.dumps(result))
-    from train_step import hardware
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / 'instances.json').exists(): write_coco(folder / 'instances.json', args.images, args.annotations)
         for o in (folder / 'cache').glob('*'): o.unlink()
         machine = dict(hardware(), cores=os.cpu_count(), load_before=os.getloadavg()[0], nice=os.nice(0))
-        result = dict(command=' '.join(['python', *sys.argv]), hardware=machine, json_mb=(folder / 'instances.json').stat().st_size / 1e6)
+        result = dict(command=command(), hardware=machine, json_mb=(folder / 'instances.json').stat().st_size / 1e6)
         runs = ['pycocotools', 'build', *['build'] * args.repeats, 'scratchdet fork', 'scratchdet spawn', 'pycocotools fork']
         theirs, built, *opened, fork, spawn, fork_theirs = [measured(o, folder, args.read) for o in runs]
         result.update(pycocotools=dict(theirs, fork=fork_theirs), scratchdet=dict(built, opened=opened, fork=fork, spawn=spawn))
-    if args.out:
-        tmp = args.out.with_suffix('.tmp')
-        tmp.write_text(json.dumps(result, indent=1))
-        os.replace(tmp, args.out)
+    write(args.out, result)
 
 
 if __name__ == '__main__': main()

@@ -5,17 +5,15 @@ A stand-in for the detector returns the stored detections, so that all the rest 
 lengths, gathering, counting. All tables must be equal.
 
     python benchmarks/evaluation.py --out results/evaluation.json
+    python benchmarks/evaluation.py --count --out results/counting.json     counting alone, without files and processes
 """
-import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +23,11 @@ from pycocotools import mask as coco_mask
 from torch import nn
 from torchvision.io import write_jpeg
 
+from common import command, hardware, own_peak, parser, write
+
 from scratchdet.coco import coco_split, load_index
-from scratchdet.evaluate import coco_ap, evaluate, ground_truth, numbers, run_pycocotools
+from scratchdet.detector import scale_detections
+from scratchdet.evaluate import coco_ap, detections_to_coco, evaluate, ground_truth, numbers, run_hotcoco, run_pycocotools
 from scratchdet.loader import eval_loader
 
 shapes = np.array([(480, 640), (640, 480), (427, 640), (640, 427)])
@@ -115,11 +116,6 @@ class Stored(nn.Module):
         return [self.one(self.row[i], *size) for i, size in zip(batch.image_ids.tolist(), batch.sizes.tolist())]
 
 
-def own_peak():
-    "Peak resident memory of this process, GB."
-    with open('/proc/self/status') as f: return next(int(o.split()[1]) for o in f if o.startswith('VmHWM')) / 2 ** 20
-
-
 def memory():
     "Resident memory of this process now, GB."
     with open('/proc/self/status') as f: return next(int(o.split()[1]) for o in f if o.startswith('VmRSS')) / 2 ** 20
@@ -181,10 +177,26 @@ def differences(a, b):
     return [abs(x - y) for x, y in pairs if x is not None]
 
 
-def hardware():
-    "What the run ran on; `load` is what waited for its cores at the start."
-    with open('/proc/cpuinfo') as f: name = next((o.split(':')[1].strip() for o in f if o.startswith('model name')), platform.machine())
-    return dict(cpu=name, cores=os.cpu_count(), load=round(os.getloadavg()[0], 1), **{o: version(o) for o in ('torch', 'accelerate', 'hotcoco', 'pycocotools')})
+def counted(root, images, detections, seed=0):
+    "Count the same records in memory with both: seconds of encoding our masks and of each count, tables compared."
+    rng = np.random.default_rng(seed)
+    truth = make_truth(root, images, rng)
+    found = make_detections(truth, detections, rng)
+    index = load_index(*coco_split(root, 'val'))
+    model, records, encoding = Stored(index, found), [], 0.
+    for i, (h, w) in enumerate(index.sizes.tolist()):
+        det = scale_detections(model.one(i, h, w), (h, w), (h, w))
+        start = time.perf_counter()
+        records += detections_to_coco(det, index.image_ids[i], index.category_ids)
+        encoding += time.perf_counter() - start
+    truth, kinds, results, seconds = ground_truth(index), ('bbox', 'segm'), {}, {}
+    for name, run in dict(scratchdet=run_hotcoco, pycocotools=run_pycocotools).items():
+        start = time.perf_counter()
+        results[name] = {k: coco_ap(truth, records, k, run) for k in kinds}
+        seconds[name] = time.perf_counter() - start
+    gaps = differences(results['scratchdet'], results['pycocotools'])
+    return dict(images=images, detections=detections, records=len(records), encoding_seconds=encoding, seconds=seconds, peak_gb=own_peak(),
+                ratio=seconds['scratchdet'] / seconds['pycocotools'], numbers_compared=len(gaps), largest_difference=max(gaps))
 
 
 def compare(root, args):
@@ -197,7 +209,7 @@ def compare(root, args):
     call(['--original', root, '--to', root/'of_1'])
     slow = json.loads((root/'of_1/pycocotools.json').read_text())
     gaps, table = differences(results, slow['results']), {k: {n: results[k][n] for n in numbers} for k in ('bbox', 'segm')}
-    return dict(command=' '.join(['python', *sys.argv]), hardware=machine, images=args.images, objects=len(truth[0]), detections=args.detections,
+    return dict(command=command(), hardware=machine, images=args.images, objects=len(truth[0]), detections=args.detections,
                 one_process=one, two_processes=two, pycocotools={k: slow[k] for k in ('seconds', 'peak_gb')},
                 same_table=results == same, same_detections=detections == as_well, numbers_compared=len(gaps),
                 largest_difference_to_pycocotools=max(gaps), detections_mb=(root/'of_1/detections.json').stat().st_size / 1e6, results=table)
@@ -205,11 +217,8 @@ def compare(root, args):
 
 def main():
     "Compare, print and write; the exit status is 1 where tables differ."
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--images', type=int, default=5000)
-    p.add_argument('--detections', type=int, default=100, help='of an image')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--out', type=Path, help='json file to write')
+    p = parser(__doc__, images=(5000, 'images'), detections=(100, 'detections of an image'), seed=(0, 'of what is drawn'))
+    p.add_argument('--count', action='store_true', help='only count, here and with pycocotools: a few minutes')
     p.add_argument('--worker', type=Path, help='evaluate this data set, as one of the processes')
     p.add_argument('--original', type=Path, help='count with pycocotools')
     p.add_argument('--to', type=Path, help='folder for what --worker and --original write')
@@ -217,12 +226,12 @@ def main():
     torch.set_num_threads(1)
     if args.worker: return worker(args.worker, args.to)
     if args.original: return original(args.original, args.to)
-    with tempfile.TemporaryDirectory() as root: result = compare(Path(root), args)
+    with tempfile.TemporaryDirectory() as root:
+        if args.count: result = dict(command=command(), hardware=hardware(), **counted(Path(root), args.images, args.detections, args.seed))
+        else: result = compare(Path(root), args)
     print(json.dumps(result, indent=1))
-    if args.out:
-        tmp = args.out.with_suffix('.tmp')
-        tmp.write_text(json.dumps(result, indent=1))
-        os.replace(tmp, args.out)
+    write(args.out, result)
+    if args.count: sys.exit('the tables differ' if result['largest_difference'] > 1e-9 else 0)
     if not (result['same_table'] and result['same_detections'] and result['largest_difference_to_pycocotools'] <= 1e-9):
         sys.exit('the tables differ')
 

@@ -8,9 +8,7 @@ the order of the images and the samples.
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from common import command, hardware, write
 from peer import AsDetector, torchvision_mask_rcnn
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.detector import mask_rcnn
@@ -29,7 +28,6 @@ from scratchdet.matcher import image_keys
 from scratchdet.optim import sgd
 from scratchdet.recipes import detector_arguments, recipe_schedule, recipes
 from scratchdet.toy import make_toy
-from train_step import hardware
 
 
 def build(kind, recipe, num_classes, seed):
@@ -103,12 +101,8 @@ def main():
     summary = {k: {m: dict(mean=statistics.mean(v := [o[m] for o in rows]), low=min(v), high=max(v)) for m in rows[0] if m != 'step'}
                for k, rows in last.items()}
     print(json.dumps(summary, indent=1))
-    if args.out:
-        doc = dict(command=' '.join(['python', *sys.argv]), hardware=hardware(), jobs=args.jobs, recipe=vars(recipe), train=args.train, val=args.val,
-                   runs=runs, summary=summary)
-        tmp = args.out.with_suffix('.tmp')
-        tmp.write_text(json.dumps(doc))
-        os.replace(tmp, args.out)
+    write(args.out, dict(command=command(), hardware=hardware(), jobs=args.jobs, recipe=vars(recipe), train=args.train, val=args.val,
+                         runs=runs, summary=summary))
 
 
 if __name__ == '__main__': main()

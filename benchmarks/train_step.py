@@ -1,30 +1,28 @@
-"""One training step (forward, backward, SGD) of scratchdet's Mask R-CNN and of torchvision's with the same parts, alternating.
+"""One training step (forward, backward, SGD) of scratchdet's Mask R-CNN and of torchvision's with the same parts, alternating, whole and by part.
 
 Both see the same two images with eight objects each, start from the same weights and sample 512 RoIs an image. Each keeps its own defaults otherwise: the reference's
-adaptive RoIAlign here, two samples a bin in torchvision.
+adaptive RoIAlign here, two samples a bin in torchvision. bf16 is timed where the processor has it.
 
     python benchmarks/train_step.py --out results/train_step.json
 """
-import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
+from common import against, command, hardware, own_peak, parser, take_turns, write
+from parts import Clock, machine_limits, time_ours, time_theirs
 from peer import torchvision_inputs, torchvision_mask_rcnn
 from scratchdet.detector import mask_rcnn
 from scratchdet.init import init_detector
 from scratchdet.masks import pack_masks
 from scratchdet.matcher import image_keys
-from scratchdet.optim import sgd
+from scratchdet.optim import sgd, usable_precision
+
+kinds = 'scratchdet', 'torchvision'
 
 
 def random_batch(n, size, objects, num_classes, seed=0):
@@ -42,13 +40,16 @@ def random_batch(n, size, objects, num_classes, seed=0):
         valid=torch.ones(n, objects, dtype=torch.bool), masks=pack_masks(masks))
 
 
-def stepper(model, losses, optimizer, bf16):
-    "A function that runs one training step and returns the loss."
+def stepper(model, losses, optimizer, bf16, clock=None):
+    "A function that runs one training step and returns the loss; with a clock, its parts are timed."
+    clock = clock or Clock()
     def step():
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): total = sum(losses().values())
+        with clock.step(): return parts()
+    def parts():
+        with clock('rest of forward'), torch.autocast('cpu', torch.bfloat16, enabled=bf16): total = sum(losses().values())
         optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
+        with clock('backward'): total.backward()
+        with clock('optimizer'): optimizer.step()
         return total.item()
     return step
 
@@ -60,7 +61,7 @@ def with_weights(model, ours):
     return model
 
 
-def build(kind, args, bf16):
+def build(kind, args, bf16, clock=None):
     "The step of one of the two models at a low learning rate."
     torch.manual_seed(0)
     batch = random_batch(args.images, args.size, args.objects, 80)
@@ -72,18 +73,18 @@ def build(kind, args, bf16):
     else:
         keys = image_keys(0, 0, batch.image_ids)
         losses = lambda: model(batch, keys)
-    return stepper(model, losses, sgd(model, lr=1e-3), bf16)
+    (time_theirs if kind == 'torchvision' else time_ours)(model)
+    return stepper(model, losses, sgd(model, lr=1e-3), bf16, clock)
 
 
-def hardware():
-    "What the run ran on."
-    with open('/proc/cpuinfo') as f: name = next((o.split(':')[1].strip() for o in f if o.startswith('model name')), platform.machine())
-    return dict(cpu=name, threads=torch.get_num_threads(), torch=torch.__version__, torchvision=torchvision.__version__)
-
-
-def own_peak():
-    "Peak resident memory of this process, GB (`ru_maxrss` would count its parent's)."
-    with open('/proc/self/status') as f: return next(int(o.split()[1]) for o in f if o.startswith('VmHWM')) / 2 ** 20
+def flops(args):
+    "Multiplications and additions of our forward pass, by part (without the positives' share that chance decides)."
+    torch.manual_seed(0)
+    model, batch = init_detector(mask_rcnn(80, batch_size_per_image=args.rois)).train(), random_batch(args.images, args.size, args.objects, 80)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): model(batch, image_keys(0, 0, batch.image_ids))
+    counts = counter.get_flop_counts()
+    names = {'backbone': 'backbone', 'fpn': 'FPN', 'rpn.head': 'RPN head', 'box_head': 'box head', 'mask_head': 'mask head'}
+    return {label: sum(counts[f'Detector.{k}'].values()) for k, label in names.items()}
 
 
 def peak_memory(kind, args, bf16):
@@ -93,44 +94,37 @@ def peak_memory(kind, args, bf16):
     return float(run.stdout.split()[-1])
 
 
+def measure(args):
+    "All models and precisions in turn; medians, parts, memory."
+    precisions = ['fp32', 'bf16'] if usable_precision('bf16', 'cpu') == 'bf16' else ['fp32']
+    clocks = {f'{k} {p}': Clock() for p in precisions for k in kinds}
+    seconds = take_turns({f'{k} {p}': build(k, args, p == 'bf16', clocks[f'{k} {p}']) for p in precisions for k in kinds}, args.repeats)
+    result = dict(images=args.images, size=list(args.size), objects=args.objects, rois=args.rois, repeats=args.repeats, **machine_limits())
+    for p in precisions:
+        row = against({k: seconds[f'{k} {p}'] for k in kinds}, *kinds)
+        row['parts'] = {k: clocks[f'{k} {p}'].medians(skip=1) for k in kinds}
+        row['peak_gb'] = {k: peak_memory(k, args, p == 'bf16') for k in kinds}
+        result[p] = row
+        print(f"{p}: scratchdet {row['median']['scratchdet']:.2f} s, torchvision {row['median']['torchvision']:.2f} s, "
+              f"median ratio {row['ratio']:.3f}, peak GB {row['peak_gb']}", flush=True)
+    best = f'scratchdet {precisions[-1]}'
+    ratios = [a / b for a, b in zip(seconds[best], seconds['torchvision fp32'])]
+    return dict(result, flops=flops(args), default=dict(precision=precisions[-1], ratio=statistics.median(ratios), ratios=ratios))
+
+
 def main():
-    "Time both models in turn, fp32 then bf16 autocast; print and write medians."
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    "Time both models in turn in each precision; print and write medians."
+    p = parser(__doc__, images=(2, 'images'), objects=(8, 'objects an image'), rois=(512, 'sampled RoIs an image'), repeats=(5, 'of each'))
     p.add_argument('--size', type=int, nargs=2, default=(512, 640), help='height and width, px')
-    p.add_argument('--images', type=int, default=2)
-    p.add_argument('--objects', type=int, default=8, help='objects an image')
-    p.add_argument('--rois', type=int, default=512, help='sampled RoIs an image')
-    p.add_argument('--repeats', type=int, default=5)
-    p.add_argument('--out', type=Path, help='json file to write')
-    p.add_argument('--one', choices=['scratchdet', 'torchvision'], help='run two steps of one model and print its peak memory')
+    p.add_argument('--one', choices=kinds, help='run two steps of one model and print its peak memory')
     p.add_argument('--bf16', action='store_true', help='with --one: under bf16 autocast')
     args = p.parse_args()
     if args.one:
         step = build(args.one, args, args.bf16)
         for _ in range(2): step()
         return print(own_peak())
-    result = dict(command=' '.join(['python', *sys.argv]), hardware=hardware(), images=args.images, size=list(args.size), objects=args.objects,
-                  rois=args.rois, repeats=args.repeats)
-    for precision in 'fp32', 'bf16':
-        bf16, kinds = precision == 'bf16', ('scratchdet', 'torchvision')
-        steps, seconds = {k: build(k, args, bf16) for k in kinds}, {k: [] for k in kinds}
-        for k in kinds: steps[k]()
-        for _ in range(args.repeats):
-            for k in kinds:
-                start = time.perf_counter()
-                steps[k]()
-                seconds[k].append(time.perf_counter() - start)
-        ratios = [a / b for a, b in zip(seconds['scratchdet'], seconds['torchvision'])]
-        row = dict(ratio=statistics.median(ratios), ratios=ratios, seconds=seconds, median={k: statistics.median(v) for k, v in seconds.items()})
-        del steps
-        row['peak_gb'] = {k: peak_memory(k, args, bf16) for k in kinds}
-        result[precision] = row
-        print(f"{precision}: scratchdet {row['median']['scratchdet']:.2f} s, torchvision {row['median']['torchvision']:.2f} s, "
-              f"median ratio {row['ratio']:.3f}, peak GB {row['peak_gb']}", flush=True)
-    if args.out:
-        tmp = args.out.with_suffix('.tmp')
-        tmp.write_text(json.dumps(result, indent=1))
-        os.replace(tmp, args.out)
+    machine = hardware()
+    write(args.out, dict(command=command(), hardware=machine, **measure(args)))
 
 
 if __name__ == '__main__': main()

@@ -1,0 +1,70 @@
+"What all benchmarks share: the machine, memory, turns, json files."
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+
+def hardware():
+    "What the run ran on; `load` is what waited for its cores at the start."
+    import torch
+
+    from scratchdet.optim import usable_precision
+    with open('/proc/cpuinfo') as f: name = next((o.split(':')[1].strip() for o in f if o.startswith('model name')), platform.machine())
+    return dict(cpu=name, cores=os.cpu_count(), threads=torch.get_num_threads(), instructions=torch.backends.cpu.get_cpu_capability(),
+                bf16=usable_precision('bf16', 'cpu') == 'bf16', load=round(os.getloadavg()[0], 1),
+                **{o: version(o) for o in ('torch', 'torchvision', 'accelerate', 'hotcoco', 'pycocotools')})
+
+
+def own_peak():
+    "Peak resident memory of this process, GB (`ru_maxrss` would count its parent's)."
+    with open('/proc/self/status') as f: return next(int(o.split()[1]) for o in f if o.startswith('VmHWM')) / 2 ** 20
+
+
+def seconds_of(do):
+    "How long a call takes."
+    start = time.perf_counter()
+    do()
+    return time.perf_counter() - start
+
+
+def take_turns(functions, repeats):
+    "Call every function once to warm up, then all in turn: {name: seconds of each repeat}."
+    for do in functions.values(): do()
+    seconds = {k: [] for k in functions}
+    for _ in range(repeats):
+        for k, do in functions.items(): seconds[k].append(seconds_of(do))
+    return seconds
+
+
+def against(seconds, ours, theirs):
+    "Medians, and the ratio of `ours` to `theirs` within each repeat: below 1, ours is faster."
+    ratios = [a / b for a, b in zip(seconds[ours], seconds[theirs])]
+    return dict(ratio=statistics.median(ratios), ratios=ratios, seconds={k: seconds[k] for k in (ours, theirs)},
+                median={k: statistics.median(seconds[k]) for k in (ours, theirs)})
+
+
+def parser(doc, **numbers):
+    "A command line with `--out`, and an integer option for each of `numbers`: (default, help)."
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, text) in numbers.items(): p.add_argument(f'--{name}', type=int, default=default, help=f'{text} ({default})')
+    p.add_argument('--out', type=Path, help='json file to write')
+    return p
+
+
+def command():
+    "The command line of this process."
+    return ' '.join(['python', *sys.argv])
+
+
+def write(path, doc):
+    "Write a json file, whole or not at all."
+    if not path: return
+    tmp = path.with_suffix('.tmp')
+    tmp.write_text(json.dumps(doc, indent=1))
+    os.replace(tmp, path)

@@ -1,0 +1,41 @@
+"""Detections of one image, from its pixels to masks at its own size: scratchdet's `predict` and torchvision's model, alternating.
+
+Both resize 480x640 px to 800x1067, pad to 800x1088 and have the same weights; the classifier is made bold, so that random weights fill all hundred places.
+
+    python benchmarks/inference.py --out results/inference.json
+"""
+import torch
+
+from common import against, command, hardware, parser, take_turns, write
+from peer import torchvision_mask_rcnn
+from scratchdet.detector import mask_rcnn
+from scratchdet.init import init_detector
+from scratchdet.predict import predict
+from train_step import kinds, with_weights
+
+
+def build(size, short, long):
+    "Both as functions of nothing that return the number of detections of one image of noise."
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    ours = init_detector(mask_rcnn(80)).eval()
+    with torch.no_grad(): ours.box_head.cls.weight *= 100
+    theirs = with_weights(torchvision_mask_rcnn(80, (short, long), rpn_post_nms_top_n_test=1000, rpn_pre_nms_top_n_test=1000).eval(), ours)
+    def run_theirs():
+        with torch.inference_mode(): return len(theirs([image / 255])[0]['masks'] >= .5)
+    return dict(zip(kinds, (lambda: len(predict(ours, [image], short=short, long=long)[0]['masks']), run_theirs)))
+
+
+def main():
+    "Time both in turn, print and write."
+    p = parser(__doc__, short=(800, 'short side for the network, px'), long=(1333, 'longest side, px'), repeats=(5, 'of each'))
+    p.add_argument('--size', type=int, nargs=2, default=(480, 640), help='height and width of the image, px')
+    args = p.parse_args()
+    machine, both = hardware(), build(args.size, args.short, args.long)
+    result = against(take_turns(both, args.repeats), *kinds)
+    found = {k: do() for k, do in both.items()}
+    print(f"inference: ratio {result['ratio']:.3f}, seconds {result['median']}, detections {found}")
+    write(args.out, dict(command=command(), hardware=machine, size=list(args.size), short=args.short, long=args.long, detections=found, **result))
+
+
+if __name__ == '__main__': main()

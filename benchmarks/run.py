@@ -1,0 +1,71 @@
+"""All benchmarks that this machine can run, one after the other, each in a process of its own; the results go to results/*.json.
+
+    python benchmarks/run.py                  everything: about twelve minutes on two cores
+    python benchmarks/run.py --small          everything at toy size, to see that it runs
+    python benchmarks/run.py --only loading start
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+here = Path(__file__).parent
+parts = {  # name of the result: words of the command, and its words at toy size
+    'train_step': ('train_step.py --repeats 3', '--size 64 96 --rois 8 --images 1 --objects 2 --repeats 1'),
+    'inference': ('inference.py --repeats 3', '--short 64 --long 96 --size 48 64 --repeats 1'),
+    'loading': ('loading.py', '--images 4 --repeats 1'),
+    'counting': ('evaluation.py --count', '--images 20 --detections 5'),
+    'start': ('start.py', '--images 60 --annotations 300 --repeats 1'),
+    'cost': ('cost.py', '--side 64 --repeats 1'),
+    'half': ('half.py', ''),
+}
+
+
+def bars(name, o):
+    "What a result says beside what it should: (what, value, limit), all 'at most'."
+    if name == 'train_step':
+        best = o['default']['precision']
+        yield f'training step, {best}, over torchvision fp32', o['default']['ratio'], 1 / 1.9
+        if 'bf16' in o: yield 'training step, bf16, over torchvision bf16', o['bf16']['ratio'], 1 / 1.2
+        memory = o[best]['peak_gb']
+        yield f'peak memory, {best}, over torchvision', memory['scratchdet'] / memory['torchvision'], 1.
+    if name == 'inference': yield 'inference over torchvision', o['ratio'], .5
+    if name == 'loading':
+        yield 'loader over torchvision', o['ratio'], .5
+        for k, v in o['padding'].items(): yield f'padding, {k}', max(v['training'], v['evaluation']), .04
+    if name == 'counting': yield 'COCO evaluation over pycocotools', o['ratio'], .1
+    if name == 'start':
+        yield '--help, s', max(min(v) for v in o['help_seconds'].values()), 3.
+        yield 'to the first step, s', sorted(o['first_step_seconds'])[len(o['first_step_seconds']) // 2], 10.
+    if name == 'cost':
+        for k, v in o['series'].items(): yield f'exponent of time over {k}', v['exponent'], 1.1
+    if name == 'half':
+        for k, v in o['files'].items():
+            yield f'{k}: largest difference of a loss', v['scratchdet']['largest_loss_difference'], .01
+            yield f'{k}: 1 - cosine of the gradient', 1 - v['scratchdet']['cosine'], .02
+
+
+def main():
+    "Run, and print a table of what should hold."
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--small', action='store_true', help='at toy size')
+    p.add_argument('--only', nargs='+', choices=parts, default=list(parts), help='these results alone')
+    p.add_argument('--out', type=Path, default=here.parent / 'results', help='folder of the json files')
+    args = p.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in args.only:
+        words, small = parts[name]
+        file, start = args.out / f'{name}.json', time.perf_counter()
+        command = [sys.executable, str(here / words.split()[0]), *words.split()[1:], *(small.split() if args.small else ()), '--out', str(file)]
+        if subprocess.run(command).returncode: failed.append(name)
+        print(f'-- {name}: {time.perf_counter() - start:.0f} s', flush=True)
+    for name in (o for o in args.only if o not in failed):
+        for what, value, limit in bars(name, json.loads((args.out / f'{name}.json').read_text())):
+            print(f"{'holds' if value <= limit else 'MISSED':>6}  {what}: {value:.3f}, at most {limit:.3f}")
+    if failed: sys.exit(f'failed: {", ".join(failed)}')
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,88 @@
+"The benchmarks: what they count with, quickly; all of them at toy size among the slow tests."
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+folder = Path(__file__).parents[1] / 'benchmarks'
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch): monkeypatch.syspath_prepend(str(folder))
+
+
+def test_ratios_are_taken_within_each_repeat():
+    from common import against, take_turns
+    called = []
+    seconds = take_turns({k: lambda k=k: called.append(k) for k in 'ab'}, 2)
+    assert called == ['a', 'b'] * 3 and [len(v) for v in seconds.values()] == [2, 2]
+    found = against({'a': [1., 2., 9.], 'b': [2., 2., 3.]}, 'a', 'b')
+    assert found['ratio'] == 1 and found['ratios'] == [.5, 1, 3] and found['median'] == {'a': 2., 'b': 2.}
+
+
+def test_a_clock_counts_nothing_twice():
+    from parts import Clock, labels, timed
+    def inner(): time.sleep(.02)
+    def outer():
+        time.sleep(.01)
+        owner.inner()
+    owner, clock = SimpleNamespace(inner=inner, outer=outer), Clock()
+    timed(owner, 'inner', 'RoIAlign'), timed(owner, 'outer', 'losses'), timed(owner, 'outer', 'matching')
+    owner.outer()  # without a clock
+    for _ in range(2):
+        with clock.step(), clock('rest of forward'): owner.outer()
+    found = clock.medians()
+    assert set(found) == set(labels) and len(clock.steps) == 2 and Clock.running is None
+    assert .01 <= found['losses'] < .02 <= found['RoIAlign'] < .1 and found['rest of forward'] < .01 and found['matching'] == 0
+
+
+def test_parts_of_both_models_are_timed():
+    from parts import Clock
+    from train_step import build, kinds
+    args = SimpleNamespace(images=1, size=(64, 96), objects=2, rois=8)
+    for kind in kinds:
+        clock = Clock()
+        build(kind, args, False, clock)()
+        found = clock.medians(skip=0)
+        assert [k for k, v in found.items() if v == 0] == [], kind
+        assert found['backward'] > found['optimizer'] and found['backbone'] > found['matching'], kind
+
+
+def test_exponents():
+    from cost import exponent
+    x = np.array([1, 2, 4, 8])
+    assert abs(exponent(x, [[v, v, 50 * v] for v in 3. * x]) - 1) < 1e-9 and abs(exponent(x, [[2.]] * 4)) < 1e-9
+
+
+def test_padding_is_a_share_of_the_pixels():
+    from loading import waste
+    found = waste(np.array([[480, 640]] * 8), 2)
+    padded = 1 - 800 * 1067 / (800 * 1088)
+    assert found['shapes'] == 1 and found['training'] == pytest.approx(padded) == found['evaluation']
+
+
+def test_half_precision_is_compared_on_losses_and_gradient():
+    from half import compared
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(64, 8), torch.randn(4, 64)
+    found = compared(layer, lambda: dict(loss=layer(x).square().mean(), none=layer(x).sum() * 0))
+    assert 0 < found['largest_loss_difference'] < .05 and .99 < found['cosine'] < 1
+
+
+@pytest.mark.slow
+def test_one_command_runs_everything(tmp_path):
+    from run import bars, parts
+    names = [o for o in parts if o != 'half']  # its files have one size
+    done = subprocess.run([sys.executable, folder/'run.py', '--small', '--out', tmp_path, '--only', *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    for name in names:
+        found = json.loads((tmp_path/f'{name}.json').read_text())
+        assert found['command'].startswith('python') and found['hardware']['cores'] >= 1
+        assert all(any(what in o for o in said) for what, _, _ in bars(name, found))
