@@ -11,7 +11,7 @@ import argparse
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
-)->argparse.Namespace: # command, source, target, origin, to, categories, pixel_mean, pixel_std, groups
+)->argparse.Namespace: # command, source, target, origin, to, categories, pixel_mean, pixel_std, groups, quiet
     "The command line of `python -m scratchdet.checkpoints`."
     p = argparse.ArgumentParser(prog='python -m scratchdet.checkpoints', description='Convert weights.')
     commands = p.add_subparsers(dest='command', required=True)
@@ -21,10 +21,14 @@ def parse_args(
     way.add_argument('--to', choices=['mmdet'], help='who will read OUT; IN is ours')
     c.add_argument('source', metavar='IN', help='.pth or .safetensors')
     c.add_argument('target', metavar='OUT', help='.safetensors for --from, .pth for --to')
-    c.add_argument('--categories', metavar='JSON', help='COCO annotation file that names the classes')
-    c.add_argument('--pixel-mean', nargs=3, type=float, help="of IN, in IN's order of channels")
-    c.add_argument('--pixel-std', nargs=3, type=float, help="of IN, in IN's order of channels")
-    c.add_argument('--groups', type=int, help='of every GroupNorm (default: as IN says, else 32)')
+    c.add_argument('--categories', metavar='JSON',
+                   help='COCO annotation file that names the classes (default: as IN says)')
+    for name in ('mean', 'std'):
+        c.add_argument(f'--pixel-{name}', nargs=3, type=float, metavar='X', help='of IN, 0 to 255, in the '
+                       "order of its channels (default: as IN says, else ImageNet's)")
+    c.add_argument('--groups', type=int, metavar='N',
+                   help='groups of every GroupNorm (default: as IN says, else 32)')
+    c.add_argument('--quiet', action='store_true', help='print errors alone')
     args = p.parse_args(argv)
     if args.to and [args.categories, args.pixel_mean, args.pixel_std, args.groups] != [None] * 4:
         c.error('--categories, --pixel-mean, --pixel-std and --groups go with --from: our files say these')
@@ -244,8 +248,9 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->None:
     "Convert, and say where the result is."
-    try: print(f'wrote {convert(args)}')
+    try: file = convert(args)
     except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.checkpoints: {e}')
+    if not args.quiet: print(f'wrote {file}')
 
 # %% ../nbs/70_checkpoints.ipynb #d3da1865
 if __name__ == '__main__' and __spec__: main(args)

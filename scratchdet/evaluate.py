@@ -14,14 +14,17 @@ def parse_args(
 )->argparse.Namespace: # weights, coco, split, out and the rest
     "The command line of `python -m scratchdet.evaluate`."
     p = argparse.ArgumentParser(prog='python -m scratchdet.evaluate', description='COCO AP of a detector.')
-    p.add_argument('--weights', required=True, help='model.safetensors of a run')
-    p.add_argument('--coco', required=True, help='folder with val2017/ and annotations/')
-    p.add_argument('--split', default='val', help='train or val (default: val)')
-    p.add_argument('--out', help='folder for detections.json and results.json')
-    p.add_argument('--short', type=int, help='short side of the images, px (default: as trained, else 800)')
-    p.add_argument('--long', type=int, help='longest side, px (default: as trained, else 1333)')
-    p.add_argument('--batch-size', type=int, default=1, help='images at once in each process (default: 1)')
-    p.add_argument('--workers', type=int, default=2, help='processes that read images (default: 2)')
+    p.add_argument('--weights', required=True, metavar='FILE', help='model.safetensors of a run')
+    p.add_argument('--coco', required=True, metavar='DIR', help='with val2017/ and annotations/')
+    p.add_argument('--split', default='val', metavar='NAME', help='train or val (default: val)')
+    p.add_argument('--out', metavar='DIR', help='for detections.json and results.json (default: not written)')
+    p.add_argument('--short', type=int, metavar='PX',
+                   help='short side of the images, px (default: as trained, else 800)')
+    p.add_argument('--long', type=int, metavar='PX', help='longest side, px (default: as trained, else 1333)')
+    p.add_argument('--batch-size', type=int, default=1, metavar='N',
+                   help='images at once in each process (default: 1)')
+    p.add_argument('--workers', type=int, default=2, metavar='N',
+                   help='processes that read images (default: 2)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
     p.add_argument('--pycocotools', action='store_true', help='count with pycocotools, the slow original')
     p.add_argument('--quiet', action='store_true', help='print errors alone')

@@ -11,7 +11,7 @@ import argparse
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
-)->argparse.Namespace: # recipe, processes, images_per_second, coco, images, set
+)->argparse.Namespace: # recipe, processes, images_per_second, coco, images, set, quiet
     "The command line of `python -m scratchdet.plan`."
     p = argparse.ArgumentParser(prog='python -m scratchdet.plan', description='What a run costs.')
     p.add_argument('--recipe', required=True, metavar='NAME', help='a named recipe, or a recipe.json')
@@ -19,11 +19,12 @@ def parse_args(
     p.add_argument('--images-per-second', type=float, required=True, metavar='R',
                    help='images that ONE process trains on in a second; all together do P times as many')
     data = p.add_mutually_exclusive_group()
-    data.add_argument('--coco', metavar='DIR', help='count the images of this folder')
+    data.add_argument('--coco', metavar='DIR', help='count the images of this folder (default: see --images)')
     data.add_argument('--images', type=int, metavar='N', help='images of an epoch (default: 117266, '
                       'COCO train2017 without the images that have no object)')
     p.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE',
-                   help='values of the recipe, like lr=0.01')
+                   help='values of the recipe, like lr=0.01 (default: as the recipe says)')
+    p.add_argument('--quiet', action='store_true', help='print errors alone: is the run refused?')
     return p.parse_args(argv)
 
 if __name__ == '__main__' and __spec__: args = parse_args()
@@ -219,7 +220,7 @@ def main(
         images, classes, val, source = _data(args)
         cost = plan(recipe, images, args.processes, args.images_per_second, classes)
     except (ValueError, OSError) as e: sys.exit(f'scratchdet.plan: {e}')
-    print(report(recipe, cost, source, f'{val:,} images'))
+    if not args.quiet: print(report(recipe, cost, source, f'{val:,} images'))
     return cost
 
 # %% ../nbs/66_plan.ipynb #1ac85364

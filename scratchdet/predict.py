@@ -15,14 +15,17 @@ def parse_args(
     "The command line of `python -m scratchdet.predict`."
     p = argparse.ArgumentParser(prog='python -m scratchdet.predict', description='Find objects in images.')
     p.add_argument('images', nargs='*', help='image files, and folders of them')
-    p.add_argument('--weights', required=True, help='model.safetensors of a run')
-    p.add_argument('--out', required=True, help='folder for the pictures and predictions.json')
-    p.add_argument('--coco', help='in place of images: folder in COCO layout; draws beside what is there')
-    p.add_argument('--split', default='val', help='of the COCO folder: train or val (default: val)')
-    p.add_argument('--count', type=int, default=8, help='images of the COCO folder (default: 8)')
-    p.add_argument('--score', type=float, default=.5, help='least score of a detection (default: 0.5)')
-    p.add_argument('--short', type=int, help='short side of the images, px (default: as trained, else 800)')
-    p.add_argument('--long', type=int, help='longest side, px (default: as trained, else 1333)')
+    p.add_argument('--weights', required=True, metavar='FILE', help='model.safetensors of a run')
+    p.add_argument('--out', required=True, metavar='DIR', help='for the pictures and predictions.json')
+    p.add_argument('--coco', metavar='DIR', help='images and objects in COCO layout, drawn beside what '
+                   'is found (default: none, the images given)')
+    p.add_argument('--split', default='val', metavar='NAME', help='of --coco: train or val (default: val)')
+    p.add_argument('--count', type=int, default=8, metavar='N', help='images of --coco (default: 8)')
+    p.add_argument('--score', type=float, default=.5, metavar='S',
+                   help='least score of a detection, 0 to 1 (default: 0.5)')
+    p.add_argument('--short', type=int, metavar='PX',
+                   help='short side of the images, px (default: as trained, else 800)')
+    p.add_argument('--long', type=int, metavar='PX', help='longest side, px (default: as trained, else 1333)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     args = p.parse_args(argv)

@@ -22,7 +22,7 @@ def parse_args(
     p.add_argument('--coco', required=True, metavar='DIR', help='with train2017/, val2017/, annotations/')
     p.add_argument('--out', required=True, metavar='DIR', help='run folder: log, checkpoints, weights')
     p.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE',
-                   help='values of the recipe, like lr=0.01')
+                   help='values of the recipe, like lr=0.01 (default: as the recipe says)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     return p.parse_args(argv)

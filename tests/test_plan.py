@@ -179,14 +179,6 @@ def test_a_refusal_is_one_line_and_a_status():
     assert done.stderr.strip().splitlines()[-1].startswith('scratchdet.plan: batch_size=16 cannot be shared by 7 processes')
 
 
-def test_help_loads_nothing_heavy():
-    code = ("import runpy, sys; sys.argv = ['plan', '--help']\ntry: runpy.run_module('scratchdet.plan', run_name='__main__')\n"
-            "except SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules")
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert 'ONE process' in done.stdout and '117266' in done.stdout
-
-
 def test_words_exclude_one_another():
     for wrong in (words(images=5, coco='x'), words(processes='many'), words(recipe=None)):
         with pytest.raises(SystemExit) as e: parse_args(wrong)

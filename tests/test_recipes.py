@@ -121,12 +121,6 @@ def test_recipes_need_no_tensors():
     assert done.returncode == 0 and 'scratchdet.schedule' in modules and not {'torch', 'numpy'} & modules
 
 
-def test_help_answers_before_the_heavy_imports():
-    done, modules = imported('-m', 'scratchdet.train', '--help')
-    assert done.returncode == 0 and '--recipe' in done.stdout and 'argparse' in modules
-    assert not {'torch', 'numpy', 'accelerate'} & modules
-
-
 def test_there_is_a_file_for_every_run(): assert {o.stem for o in runs} == set(recipes)
 
 

@@ -1,0 +1,125 @@
+"Every command, found by its `parse_args`: what --help says and how soon, what --quiet leaves, how a failure looks."
+import argparse
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from pages import pages, root
+from runs import tiny, toy  # noqa: F401
+
+from scratchdet.recipes import save_recipe
+from scratchdet.train import train
+
+commands = [o.module for o in pages if 'parse_args' in {node.name for _, node in o.symbols}]
+each = pytest.mark.parametrize('name', commands)
+units = re.compile(r'\b(px|images|processes|GPUs|groups of every GroupNorm|0 to 1|0 to 255|another seed)\b')
+
+
+class Stopped(Exception): "Raised with the parser, in place of parsing."
+
+
+def parser(name, monkeypatch):
+    "The parser that a command would use."
+    def stop(self, *args): raise Stopped(self)
+    with monkeypatch.context() as m:
+        m.setattr(argparse.ArgumentParser, 'parse_args', stop)
+        with pytest.raises(Stopped) as e: import_module(f'scratchdet.{name}').parse_args([])
+    return e.value.args[0]
+
+
+def actions(p):
+    "All arguments of a parser and of the parsers below it."
+    for o in p._actions:
+        if isinstance(o, argparse._SubParsersAction):
+            for below in o.choices.values(): yield from actions(below)
+        elif not isinstance(o, argparse._HelpAction): yield o
+
+
+def filled(p, word):
+    "Words for all that must be given, `word` wherever any would do."
+    one_of = {g._group_actions[0] for g in p._mutually_exclusive_groups if g.required}
+    for o in p._actions:
+        if isinstance(o, argparse._SubParsersAction):
+            first = next(iter(o.choices))
+            yield from (first, *filled(o.choices[first], word))
+        elif o.required or not o.option_strings or o in one_of:
+            yield from o.option_strings[-1:]
+            yield next(iter(o.choices)) if o.choices else '1' if o.type in (int, float) else word
+
+
+def test_commands_are_found():
+    assert {'toy', 'plan', 'train', 'evaluate', 'predict', 'report', 'checkpoints'} <= set(commands)
+    programs = [o.stem for o in sorted((root/'scratchdet').glob('*.py')) if "\nif __name__ == '__main__'" in o.read_text()]
+    assert sorted(commands) == programs
+
+
+@each
+def test_help_is_complete(name, monkeypatch):
+    "A meaning for each option; a default where it may be left out; a unit where it is a number; --quiet."
+    found = list(actions(parser(name, monkeypatch)))
+    assert ['--quiet'] in [o.option_strings for o in found] and not [o.dest for o in found if not o.help]
+    for o in found:
+        optional = o.option_strings and not o.required and o.nargs != 0 and not o.choices
+        if optional: assert '(default: ' in o.help, o.dest
+        if optional and o.default not in (None, []):
+            values = o.default if isinstance(o.default, (tuple, list)) else [o.default]
+            assert f'(default: {" ".join(map(str, values))})' in o.help, o.dest
+        if o.type in (int, float): assert units.search(o.help), o.dest
+
+
+@pytest.mark.parametrize('option, code', [('--help', 0), ('--no-such-option', 2)])
+@each
+def test_commands_answer_at_once(name, option, code):
+    "In processor time, so that a busy machine does not matter; importing torch alone takes about as long."
+    before = os.times()
+    words = [sys.executable, '-X', 'importtime', '-m', f'scratchdet.{name}', option]
+    done = subprocess.run(words, capture_output=True, text=True)
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert done.returncode == code and f'usage: python -m scratchdet.{name} ' in done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr and spent < 3
+    modules = set(re.findall(r'\|\s+([\w.]+)$', done.stderr, re.M))
+    assert 'argparse' in modules and not {'torch', 'numpy', 'accelerate', 'matplotlib'} & modules
+
+
+@each
+def test_a_failure_is_one_line(name, monkeypatch, tmp_path, capfd):
+    "Files below a file can be neither read nor written."
+    (tmp_path/'file').touch()
+    words = list(filled(parser(name, monkeypatch), str(tmp_path/'file/below')))
+    module = import_module(f'scratchdet.{name}')
+    with pytest.raises(SystemExit) as e: module.main(module.parse_args(words))
+    assert re.fullmatch(rf'scratchdet\.{name}: .+', e.value.code) and str(tmp_path/'file') in e.value.code
+    assert capfd.readouterr() == ('', '')
+
+
+@pytest.fixture(scope='module')
+def words(tmp_path_factory, toy):  # noqa: F811
+    "What each command does well, in its own words, and in a folder where a run has ended."
+    at = tmp_path_factory.mktemp('commands')
+    save_recipe(tiny, recipe := at/'recipe.json')
+    train(tiny, toy, at/'run', cpu=True, progress=False)
+    weights = at/'run/model.safetensors'
+    return dict(
+        toy=f'--out {at}/toy --train 2 --val 1 --size 32 48',
+        plan=f'--recipe {recipe} --processes 2 --images-per-second 3 --coco {toy}',
+        train=f'--recipe {recipe} --coco {toy} --out {at}/new --cpu --set epochs=1',
+        evaluate=f'--weights {weights} --coco {toy} --out {at}/ap --cpu --workers 0',
+        predict=f'{toy}/val2017 --weights {weights} --out {at}/pictures --cpu',
+        report=f'{at}/run --out {at}/report.html --coco {toy} --cpu',
+        checkpoints=f'convert --to mmdet {weights} {at}/model.pth')
+
+
+def test_all_commands_are_run(words): assert set(words) == set(commands)
+
+
+@each
+def test_quiet_is_quiet(name, words, capfd, recwarn):
+    "Nothing to read where nothing is wrong, warnings that Python shows included."
+    module, silent = import_module(f'scratchdet.{name}'), (DeprecationWarning, PendingDeprecationWarning, ResourceWarning)
+    module.main(module.parse_args([*words[name].split(), '--quiet']))
+    assert capfd.readouterr() == ('', '')
+    assert not [str(o.message) for o in recwarn if not issubclass(o.category, silent)]
