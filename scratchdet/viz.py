@@ -8,16 +8,19 @@ __all__ = ['palette', 'to_picture', 'draw', 'side_by_side', 'show_anchors', 'sho
 # %% ../nbs/01_viz.ipynb #38af21b0
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.colors import hsv_to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 # %% ../nbs/01_viz.ipynb #709a56e1
+_first = '#d55e00 #0072b2 #009e73 #cc79a7 #56b4e9 #e69f00 #f0e442'.split()
+
 def palette(
     k:int, # how many colours
 )->list: # of k (r, g, b) tuples in [0, 1]
-    "Colours that differ most between neighbours."
-    return [tuple(hsv_to_rgb((i * .618034 % 1, .85 if i % 2 else .65, .95)).tolist()) for i in range(k)]
+    "Colours that differ most between neighbours, the first seven for colour-blind readers too."
+    hues = [(i * .618034 % 1, .85 if i % 2 else .65, .95) for i in range(k - len(_first))]
+    return [tuple(o) for o in ([to_rgb(o) for o in _first] + [hsv_to_rgb(o).tolist() for o in hues])[:k]]
 
 # %% ../nbs/01_viz.ipynb #e2c8defd
 def to_picture(
@@ -46,6 +49,12 @@ def _captions(labels, scores, names, n):
     words = [''] * n if labels is None else [str(int(o)) if names is None else names[int(o)] for o in labels]
     return words if scores is None else [f'{o} {float(s):.2f}'.strip() for o, s in zip(words, scores)]
 
+def _write(ax, x, y, text, colour):
+    "A caption at a corner, black or white, whichever is easier to read on its colour."
+    ink = 'black' if .3 * colour[0] + .59 * colour[1] + .11 * colour[2] > .45 else 'white'
+    ax.text(x, y, text, fontsize=8, color=ink, va='bottom' if y > 8 else 'top', clip_on=True,
+            bbox=dict(facecolor=colour, pad=.5, lw=0))
+
 # %% ../nbs/01_viz.ipynb #66b94576
 def draw(
     image:Tensor, # (3, H, W) or (H, W, 3), uint8 or float
@@ -70,8 +79,7 @@ def draw(
         if boxes is None: continue
         x1, y1, x2, y2 = torch.as_tensor(boxes[i]).tolist()
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[kind], lw=1.5))
-        if text: ax.text(x1, y1, text, fontsize=7, va='bottom' if y1 > 8 else 'top', clip_on=True,
-                         bbox=dict(facecolor=colours[kind], pad=.5, lw=0))
+        if text: _write(ax, x1, y1, text, colours[kind])
     return ax
 
 # %% ../nbs/01_viz.ipynb #0d51b44a
@@ -88,7 +96,7 @@ def side_by_side(
     found = {k: torch.as_tensor(prediction[k])[keep] for k in ('boxes', 'labels', 'scores', 'masks')
              if k in prediction}
     h, w = to_picture(image).shape[:2]
-    fig, axs = plt.subplots(1, 2, figsize=(8, 4 * h / w + .6), layout='constrained')
+    fig, axs = plt.subplots(1, 2, figsize=(6.6, 3.3 * h / w + .6), layout='constrained')
     draw(image, target['boxes'], target['labels'], masks=target.get('masks'), names=names, title='target',
          ax=axs[0])
     draw(image, **found, names=names, title=f'prediction, score at least {score_thresh}', ax=axs[1])
@@ -120,10 +128,12 @@ def show_features(
     titles:list=None, # above each map
     channel:int=None, # the channel to show; the mean absolute value of all by default
 )->plt.Figure: # one picture a map, with its range as a colour bar
-    "Feature maps side by side, each in its own range."
+    "Feature maps, three in a row, each in its own range."
     maps = [o.detach().float().cpu() for o in (x if isinstance(x, (list, tuple)) else [x])]
-    fig, axs = plt.subplots(1, len(maps), figsize=(2.2 * len(maps), 2), squeeze=False, layout='constrained')
-    for i, (o, ax) in enumerate(zip(maps, axs[0])):
+    fig, (rows, columns) = plt.figure(layout='constrained'), (-(-len(maps) // 3), min(3, len(maps)))
+    fig.set_size_inches(2.2 * columns, 1.8 * rows)
+    for i, o in enumerate(maps):
+        ax = fig.add_subplot(rows, columns, i + 1)
         seen = ax.imshow(o.abs().mean(0) if channel is None else o[channel], cmap='viridis')
         fig.colorbar(seen, ax=ax, shrink=.6)
         ax.set(xticks=[], yticks=[], title=titles[i] if titles else ' x '.join(map(str, o.shape)))
