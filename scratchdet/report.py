@@ -354,7 +354,7 @@ def _errors(run, seen, index, truth, most):
     objects = [o for o in truth['annotations'] if not o['iscrowd']]
     false, missed = (len(seen[k]) for k in ('false', 'missed'))
     count = f'{len(objects):,} objects, {missed:,} missed; {false:,} false positives of any score'
-    return (f'<h2>Errors of {html.escape(run.name)}</h2><p>{count}. Box IoU 0.5; orange: found, blue: truth.</p>'
+    return (f'<h2>Errors of {html.escape(run.name)}</h2><p>{count}. IoU 0.5; orange: found, blue: truth.</p>'
             '<h3>False positives of the highest scores</h3>' +
             gallery(seen['false'], objects, index, most=most) +
             '<h3>Missed objects of the largest area</h3>' +
