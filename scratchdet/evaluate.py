@@ -48,7 +48,8 @@ from torch import distributed, nn
 from tqdm import tqdm
 from .boxes import xyxy_to_xywh
 from .masks import mask_to_rle
-from .coco import CocoIndex, _parse, coco_split, load_index
+from .coco import CocoIndex, coco_split, load_index
+from .records import _parse
 from .loader import eval_loader
 from .detector import scale_detections
 from .weights import load_model, write_file

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from .coco import CocoIndex, trained
+from .coco import CocoIndex
+from .records import trained
 from .masks import network_mask, pack_masks
 from .transforms import flip_boxes, flip_image, read_image, resize_boxes, resize_image, resized_size
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
-from scratchdet.coco import _parse, coco_split, ignored, load_index, skipped, trained, training_images
+from scratchdet.coco import coco_split, load_index, training_images
+from scratchdet.records import _parse, ignored, skipped, trained
 from scratchdet.loader import eval_loader, load_sample, train_loader
 from scratchdet.transforms import read_image
 
@@ -281,13 +282,13 @@ def test_folder_in_place_of_an_image(write, tmp_path):
 def test_file_that_changes_while_it_is_read(write, tmp_path, monkeypatch):
     "A cache must never hold another content than its name says."
     import scratchdet.coco as coco
-    build = coco._build
+    build = coco.read_annotations
 
     def edit_too(path):
         built = build(path)
         path.write_text(json.dumps(edited(set_ann('area', 7))))
         return built
-    monkeypatch.setattr(coco, '_build', edit_too)
+    monkeypatch.setattr(coco, 'read_annotations', edit_too)
     with pytest.raises(ValueError, match=r'a\.json: changed while it was read: start again'): write(document())
     assert not (tmp_path / 'cache').exists()
 

@@ -23,12 +23,14 @@ from safetensors.torch import save
 from torchvision.io import write_png
 
 from scratchdet.checkpoints import model_arguments, read_state
-from scratchdet.coco import ignored, load_index, longest, skipped, trained
+from scratchdet.coco import load_index
 from scratchdet.detector import faster_rcnn, mask_rcnn
 from scratchdet.evaluate import eval_scale
 from scratchdet.init import init_detector
 from scratchdet.loader import collate, load_sample
+from scratchdet.masks import longest
 from scratchdet.predict import categories, predict
+from scratchdet.records import ignored, skipped, trained
 from scratchdet.weights import load_model, load_weights, read_meta, save_model
 
 wanted = int(os.environ.get('SCRATCHDET_FUZZ', 0))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from scratchdet.coco import coco_split, ignored, load_index, trained, training_images
+from scratchdet.coco import coco_split, load_index, training_images
+from scratchdet.records import ignored, trained
 from scratchdet.loader import bucket_shape, load_sample
 from scratchdet.masks import unpack_masks
 from scratchdet.transforms import resized_size

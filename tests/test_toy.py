@@ -207,7 +207,7 @@ def test_another_set_in_the_same_folder_is_refused(small):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'thesis.txt').write_text('precious')
-    with pytest.raises(FileExistsError, match='mine holds no toy set'): make_toy(tmp_path / 'mine', train=1, val=1)
+    with pytest.raises(FileExistsError, match='mine holds something else .it has no toy.json.'): make_toy(tmp_path / 'mine', train=1, val=1)
     assert (tmp_path / 'mine' / 'thesis.txt').read_text() == 'precious' and len(list(tmp_path.iterdir())) == 1
 
 

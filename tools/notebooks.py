@@ -1,4 +1,4 @@
-"Run notebooks and save what they show, check that what is saved is what they show, or check that they are exported and clean."
+"Run notebooks: save what they show, compare it with what is saved, or only try them; or check that they are exported and clean."
 import argparse
 import filecmp
 import multiprocessing
@@ -32,6 +32,7 @@ def run(path):
     with working_directory(path.parent):
         for cell in nb.cells:
             if skipped(cell, flags): continue
+            cell.outputs = []
             shell.cell(cell)
             if shell.exc: raise RuntimeError(f'this cell fails\n{cell.source}\n' + shell.prettytb(fname=path))
     return nb, time.time() - start
@@ -72,6 +73,7 @@ def differences(saved, fresh):
 def execute(job):
     "Run one notebook, in a process of its own; returns its report and whether something is wrong."
     action, path = job
+    if action != 'try': os.environ.pop('SCRATCHDET_COCO', None)  # what is saved shows the toy set
     try: nb, seconds = run(path)
     except Exception as e: return f'{path}: {e}', True
     bad = list(differences(read_nb(path), nb)) if action == 'check' else []
@@ -114,9 +116,9 @@ def stale(root):
 
 
 def main():
-    "`run` executes and saves; `check` executes and compares with what is saved; `sync` checks export and clean."
+    "`run` executes and saves; `check` executes and compares with what is saved; `try` executes, on `$SCRATCHDET_COCO`; `sync` checks export and clean."
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('action', choices=['run', 'check', 'sync'])
+    parser.add_argument('action', choices=['run', 'check', 'try', 'sync'])
     parser.add_argument('notebooks', nargs='*', type=Path)
     parser.add_argument('--jobs', type=int, default=1, help='notebooks executed at a time')
     args = parser.parse_intermixed_args()
