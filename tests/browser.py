@@ -10,6 +10,23 @@ program = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', '
 quiet = ('--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
          '--disable-component-update', '--disable-sync', '--disable-quic', '--hide-scrollbars', '--remote-debugging-pipe')
 
+# A point of the first line of an element, after scrolling there and once it stands still; what lies over it would get the mouse.
+corner = """(async () => {
+  const element = document.querySelector(%s);
+  element.scrollIntoView({block: 'center', behavior: 'instant'});
+  for (let before, now; ; before = now) {
+    const {x, y, width, height} = element.getClientRects()[0];
+    now = {x: x + Math.min(width / 2, 20), y: y + height / 2};
+    if (before && before.x == now.x && before.y == now.y) return now;
+    await new Promise((done) => setTimeout(done, 30));
+  }
+})()"""
+
+
+def thrown(details):
+    "What a script has thrown, in words."
+    return details.get('exception', {}).get('description', details['text'])
+
 
 class Browser:
     "One tab of a fresh Chromium; `requests` and `errors` collect what the open page asked for and complained of."
@@ -57,7 +74,9 @@ class Browser:
         name, about = said['method'], said.get('params', {})
         self.events.append(name)
         if name == 'Network.requestWillBeSent': self.requests.append(about['request']['url'])
-        if name == 'Runtime.exceptionThrown': self.errors.append(about['exceptionDetails']['text'])
+        if name == 'Runtime.exceptionThrown': self.errors.append(thrown(about['exceptionDetails']))
+        if name == 'Runtime.consoleAPICalled' and about['type'] in ('error', 'assert'):
+            self.errors.append(' '.join(str(o.get('value', o.get('description', o['type']))) for o in about['args']))
         if name == 'Log.entryAdded' and about['entry']['level'] == 'error': self.errors.append(about['entry']['text'])
 
     def call(self, method, **params):
@@ -70,16 +89,28 @@ class Browser:
         if 'error' in said: raise RuntimeError(f'{method}: {said["error"]["message"]}')
         return said['result']
 
-    def open(self, path, width, scheme='light'):
-        "Load a file in a window of so many pixels, light or dark, to the end."
+    def shape(self, width, scheme='light'):
+        "Make the window so many pixels wide, light or dark."
         self.call('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=scheme)])
         self.call('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+
+    def open(self, path, width, scheme='light'):
+        "Load a file in a window of such a shape, to the end."
+        self.shape(width, scheme)
         self.arrive(lambda: self.call('Page.navigate', url=path.resolve().as_uri()))
 
     def click(self, what):
-        "Follow a link, given as a selector; where it leads."
-        self.arrive(lambda: self.run(f'document.querySelector({json.dumps(what)}).click()'))
+        "Press the mouse on a link, given as a selector; where it leads."
+        place = self.run(corner % json.dumps(what))
+        press = dict(button='left', clickCount=1, **place)
+        kinds = 'mousePressed', 'mouseReleased'
+        self.arrive(lambda: [self.call('Input.dispatchMouseEvent', type=o, **press) for o in kinds])
         return self.run('location.href')
+
+    def type(self, what, words):
+        "Write into a field, given as a selector."
+        self.run(f'document.querySelector({json.dumps(what)}).focus()')
+        self.call('Input.insertText', text=words)
 
     def arrive(self, go):
         "Leave for another page and wait until it is loaded."
@@ -90,5 +121,5 @@ class Browser:
     def run(self, script):
         "The value of a piece of JavaScript; promises are awaited."
         answer = self.call('Runtime.evaluate', expression=script, returnByValue=True, awaitPromise=True)
-        if 'exceptionDetails' in answer: raise RuntimeError(answer['exceptionDetails']['exception']['description'])
+        if 'exceptionDetails' in answer: raise RuntimeError(thrown(answer['exceptionDetails']))
         return answer['result'].get('value')

@@ -1,7 +1,9 @@
 "The built site: pages show their code, links and formulas work, and a browser opens every page from the folder, without network."
+import os
 import re
 import subprocess
 import sys
+import time
 from html import unescape
 
 import browser
@@ -16,17 +18,30 @@ by_name = dict(argnames='page', argvalues=pages, ids=[o.name for o in pages])
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
     "Folder of the site, built once."
-    to = tmp_path_factory.mktemp('docs')/'site'
+    to, start = tmp_path_factory.mktemp('docs')/'site', time.time()
     done = subprocess.run([sys.executable, root/'tools/docs.py', 'build', '--to', to], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert time.time() - start < 300, 'five minutes are enough for the site on two cores'
     return to
+
+
+def need_browser(program, required):
+    "Skip what needs a browser where there is none, or fail where one must be there."
+    if program is None and required: pytest.fail('SCRATCHDET_REQUIRE_BROWSER is set, and there is no Chromium')
+    if program is None: pytest.skip('no Chromium')
 
 
 @pytest.fixture(scope='session')
 def window():
     "A browser without a window."
-    if browser.program is None: pytest.skip('no Chromium')
+    need_browser(browser.program, os.environ.get('SCRATCHDET_REQUIRE_BROWSER'))
     with Browser() as opened: yield opened
+
+
+def test_a_missing_browser_is_no_success_where_it_is_required():
+    with pytest.raises(pytest.fail.Exception, match='no Chromium'): need_browser(None, '1')
+    with pytest.raises(pytest.skip.Exception, match='no Chromium'): need_browser(None, None)
+    need_browser('/usr/bin/chromium', '1')
 
 
 @pytest.fixture
@@ -77,10 +92,15 @@ head = '<html><head></head><body>'
     ('<p id="a"></p><p id="a"></p>', 'a is there twice'),
     ('<h1>[`Detector`](50_detector.html)</h1>', 'raw Markdown'),
     (r'<span class="math">\(x^2\)</span>', 'formula'),
+    ('<picture><source srcset="no.svg 2x"></picture>', 'no.svg leads nowhere'),
+    ('<svg><a href="no.html"><rect/></a></svg>', 'no.html leads nowhere'),
+    ('<svg><image xlink:href="no.png"/></svg>', 'no.png leads nowhere'),
+    ('<object data="no.svg"></object>', 'no.svg leads nowhere'),
+    ('<a href="https://github.com/scratchdet/scratchdet/blob/main/recipes/no.sh">x</a>', 'no.sh is not in the repository'),
     (r'<math><mi>\unknown</mi></math>', 'formula')])
 def test_a_fault_is_found(docs, tmp_path, text, fault):
     (tmp_path/'other.html').write_text(head + '<p id="there"><a href="page.html">x</a>')
-    good = '<a href="other.html#there">x</a><a href="https://example.org">x</a><code>[a](b) $$</code>'
+    good = '<a href="https://github.com/scratchdet/scratchdet/tree/main/recipes">x</a><a href="other.html#there">x</a><a href="https://example.org">x</a><code>[a](b) $$</code>'
     (tmp_path/'page.html').write_text(head + good)
     assert docs.faults(tmp_path) == []
     (tmp_path/'page.html').write_text(head + good + text)
@@ -92,6 +112,43 @@ def test_no_network_in_styles(docs, tmp_path):
     (tmp_path/'page.html').write_text(head)
     (tmp_path/'theme.css').write_text('@import url(https://fonts.example/css?family=Lato);')
     assert docs.faults(tmp_path) == ['theme.css: needs the network for https://fonts.example/css?family=Lato']
+
+
+@pytest.mark.parametrize('text, fault', [
+    ('[x](no.md)', 'no.md leads nowhere'), ('[x](#no)', '#no leads nowhere'), ('<img src="no.svg">', 'no.svg leads nowhere'),
+    ('<source srcset="no.svg">', 'no.svg leads nowhere'), ('[![x](no.png)](https://example.org)', 'no.png leads nowhere')])
+def test_a_fault_of_a_text_in_the_repository_is_found(docs, tmp_path, text, fault):
+    good = '# One thing\n[x](#one-thing) [x](READ.md#one-thing) [x](https://example.org) `[x](no.md)`\n```\n[x](no.md)\n```\n'
+    (tmp_path/'READ.md').write_text(good)
+    assert docs.text_faults(tmp_path/'READ.md') == []
+    (tmp_path/'READ.md').write_text(good + text)
+    assert docs.text_faults(tmp_path/'READ.md') == [f'READ.md: {fault}']
+
+
+def test_the_front_page_lists_all_pages(docs):
+    "Under the names of the sidebar's chapters; its links lead to the notebooks."
+    text = docs.readme()
+    assert '<!-- pages' not in text and all(f'- **{o}**: [' in text for o in docs.sections(root/'nbs'))
+    listed = re.findall(r'\]\((nbs/[^)]*\.ipynb)\)', text.split('## The pages')[1])
+    assert sorted(listed) == sorted(str(o.path.relative_to(root)) for o in every if o.name != 'index')
+
+
+@pytest.mark.parametrize('kind', ['wide', 'tall'])
+def test_the_picture_of_the_detector_is_whole(docs, kind):
+    "Parts lie side by side and in the picture, words fit their boxes, pages exist, and each page of the three chapters is there."
+    import picture
+    layout = getattr(picture, kind)
+    (width, height), places = layout['size'], layout['places']
+    assert set(places) == {*picture.parts, 'image', 'found'}
+    for name, (x, y, w, h) in places.items():
+        assert x >= 0 and y >= 0 and x + w <= width and y + h <= height
+        for other in (places[o] for o in places if o > name):
+            assert x + w <= other[0] or other[0] + other[2] <= x or y + h <= other[1] or other[1] + other[3] <= y
+    for name, part in picture.parts.items():
+        assert max(len(part.name), len(part.gives)) * 6.5 < places[name][2] and (root/f'nbs/{part.page}.ipynb').exists()
+    chapters = docs.sections(root/'nbs')
+    shown = {o.stem for c in ('Features', 'Proposals', 'Regions') for o in chapters[c]} - {'25_norm_triton'}
+    assert len(shown) >= 9 and shown <= {o.page for o in picture.parts.values()}
 
 
 def test_names_become_links(docs):
@@ -132,39 +189,105 @@ def test_formulas_are_mathml(site):
 
 
 # What a reader would see as broken, as JavaScript that gives a list of words.
-broken = """(() => {
+broken = r"""(() => {
+  const width = document.documentElement.clientWidth;  // a phone makes innerWidth as large as what sticks out
   const wide = (o, limit) => o.getBoundingClientRect().right > limit + 1;
   const box = (o) => { while (o.tagName != 'MAIN' && !/auto|scroll/.test(getComputedStyle(o).overflowX)) o = o.parentElement; return o; };
   const all = (what, bad) => [...document.querySelectorAll(what)].filter(bad).map((o) => `${what}: ${o.outerHTML.slice(0, 120)}`);
+  const words = document.createTreeWalker(document.querySelector('main') || document.body, NodeFilter.SHOW_TEXT);
+  const raw = [];
+  while (words.nextNode()) {
+    const {parentElement: o, data} = words.currentNode;
+    if (!o.closest('pre, code, script, style, annotation') && /\$\$|\\[a-zA-Z(\[{]/.test(data)) raw.push(`formula: ${data.slice(0, 120)}`);
+  }
   return [
-    ...all('html', (o) => o.scrollWidth > innerWidth),
-    ...all('main img', (o) => !o.complete || !o.naturalWidth),
-    ...all('main :is(img, table, pre, math)', (o) => wide(o, innerWidth) && (box(o).tagName == 'MAIN' || wide(box(o), innerWidth))),
-    ...all('main math', (o) => o.getBoundingClientRect().width < 3 || o.getBoundingClientRect().height < 3)];
+    ...raw,
+    ...all('html', (o) => o.scrollWidth > width),
+    ...all('img', (o) => !o.complete || !o.naturalWidth),
+    ...all('main :is(img, svg, table, pre, math)', (o) => wide(o, width) && (box(o).tagName == 'MAIN' || wide(box(o), width))),
+    ...all('main math', (o) => o.getBoundingClientRect().width < 3 || o.getBoundingClientRect().height < 3),
+    ...all('merror, .math', () => true)];
 })()"""
 cut = """[...document.querySelectorAll('main pre.sourceCode')].filter((o) => o.scrollWidth > o.clientWidth)
   .filter((o) => Math.max(...o.innerText.split('\\n').map((l) => l.length)) <= 110).map((o) => o.innerText)"""
 
 
+# Whether the entry of the open page is in the part of the sidebar that is on the screen.
+in_sight = """new Promise((done) => requestAnimationFrame(() => setTimeout(() => {
+  const {top, bottom} = document.querySelector('#quarto-sidebar a.active').getBoundingClientRect();
+  done(top >= document.querySelector('#quarto-header').offsetHeight && bottom <= innerHeight);
+})))"""
+
+
+def by_sidebar(window, site, page):
+    "Go to a page by its entry in the sidebar of the open one, or of the home page where another site is open; where that leads."
+    if not window.run('location.href').startswith(site.as_uri()): window.open(site/'index.html', 1300)
+    window.shape(1300)
+    entry = "[...document.querySelectorAll('#quarto-sidebar a[href]')].find((o) => o.href == '%s').getAttribute('href')"
+    return window.click(f'#quarto-sidebar a[href="{window.run(entry % built(site, page).as_uri())}"]')
+
+
 @pytest.mark.parametrize('page', every, ids=[o.name for o in every])
 def test_a_browser_shows_the_page(window, site, page):
     "On a desk and on a phone: no complaint, nothing from the network, nothing missing or off the screen; lines of 110 characters fit the desk."
-    for width in 1300, 390:
-        window.open(built(site, page), width)
-        assert window.run(broken) == [] and window.errors == []
-        assert len(window.requests) > 4 and {o.split(':')[0] for o in window.requests} <= {'file', 'data'}
-        if width == 1300: assert window.run(cut) == []
+    assert by_sidebar(window, site, page) == built(site, page).as_uri()
+    assert window.run("document.querySelector('h1').innerText") == page.cells[0].source.splitlines()[0][2:]
+    assert window.run(broken) == [] and window.run(cut) == [] and window.errors == []
+    assert window.run(in_sight)
+    asked = window.requests
+    window.open(built(site, page), 390, 'dark')
+    assert window.run(broken) == [] and window.errors == []
+    assert len(window.requests) > 4 and {o.split(':')[0] for o in asked + window.requests} <= {'file', 'data'}
 
 
+@pytest.mark.parametrize('body, fault', [
+    ('<img src="no.png">', 'img: <img'),
+    ('<p style="width: 900px">far</p>', 'html: '),
+    ('<pre style="width: 900px; position: fixed">far</pre>', '<pre style'),
+    ('<p>so $$x^2$$ is</p>', 'formula: so'),
+    (r'<p>so \(x\) is</p>', 'formula: so'),
+    (r'<p>\frac{a}{b}</p>', 'formula: '),
+    ('<span class="math inline">x</span>', 'math: <span'),
+    ('<math style="display: none"><mi>x</mi></math>', 'math: <math'),
+    ('<script>no.such.name</script>', 'no is not defined'),
+    ('<script>console.error("lost", 3)</script>', 'lost 3'),
+    ('<script src="no.js"></script>', 'ERR_FILE_NOT_FOUND')])
+def test_a_browser_finds_what_is_broken(window, tmp_path, body, fault):
+    page = tmp_path/'page.html'
+    head = '<!doctype html><meta name="viewport" content="width=device-width"><main>'
+    page.write_text(head + '<p>well <code>$$ \\alpha</code> <math><mi>x</mi></math> <img src="data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7">')
+    window.open(page, 390)
+    assert window.run(broken) == [] and window.errors == []
+    page.write_text(head + body)
+    window.open(page, 390)
+    found = window.run(broken) + window.errors
+    assert any(fault in o for o in found), found
+
+
+@pytest.mark.parametrize('body', ['<a href="other.html" style="position: absolute; left: 50px; top: 50px">x</a>',
+                                  '<svg width="99" height="99"><a href="other.html"><rect width="99" height="99"/></a></svg>'])
+def test_a_click_goes_to_what_is_on_top(window, tmp_path, body):
+    page, other = tmp_path/'page.html', tmp_path/'other.html'
+    cover = '<a href="page.html" style="position: fixed; inset: 0; z-index: 1">over it</a>'
+    other.write_text('<p>x')
+    for over, target in ('', other), (cover, page):
+        page.write_text(body + over)
+        window.open(page, 1300)
+        assert window.click('[href="other.html"]') == target.as_uri()
+
+
+field = '.smalldocs-search input'
 search = """(async () => {
-  const input = document.querySelector('.smalldocs-search input');
-  input.focus();
-  input.value = '%s';
-  input.dispatchEvent(new Event('input'));
   const found = () => [...document.querySelectorAll('.search-result')].map((o) => o.getAttribute('href'));
   for (let i = 0; i < 50 && !found().length; i++) await new Promise((done) => setTimeout(done, 50));
   return found();
 })()"""
+
+
+def look_up(window, words):
+    "Addresses that the search offers for some words."
+    window.type(field, words)
+    return window.run(search)
 
 
 @pytest.mark.parametrize('start', ['index.html', 'studies/00_learning.html'])
@@ -172,10 +295,12 @@ def test_search_leads_to_what_is_defined(window, site, start):
     "From a folder, where a browser reads no json."
     for word, target in ('nms_keep', '00_boxes.html#boxes.nms_keep'), ('cell_anchors', '30_anchors.html#anchors.cell_anchors'):
         window.open(site/start, 1300)
-        found, = (o for o in window.run(search % word) if o.endswith(target))
+        found, = (o for o in look_up(window, word) if o.endswith(target))
         assert window.click(f'.search-result[href="{found}"]') == f'{site.as_uri()}/{target}'
     window.open(site/start, 1300)
-    assert window.run(search % 'random') and window.errors == []
+    assert look_up(window, 'random') and window.errors == []
+    window.open(site/start, 1300)
+    assert look_up(window, 'xyzzyq') == []
 
 
 # Contrast of the texts that a selector names, 1 to 21, by the formula of WCAG 2: colours are opaque or lie on what is behind them.
@@ -195,7 +320,7 @@ contrast = """((what) => {
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_words_stand_out_from_what_is_behind_them(window, site, scheme):
     window.open(site/'30_anchors.html', 1300, scheme)
-    window.run(search % 'anchors')
+    look_up(window, 'anchors')
     result = '.smalldocs-search input, .search-result-title, .search-result-section, .search-result-text, .search-result-text mark'
     for what in result.split(', ') + ['main p', 'main td', 'main pre code', 'main math', '#TOC a', '#quarto-sidebar a']:
         found = window.run(contrast % what)
@@ -204,10 +329,28 @@ def test_words_stand_out_from_what_is_behind_them(window, site, scheme):
 
 @pytest.mark.parametrize('width', [1300, 390])
 def test_the_sidebar_leads_to_every_page(window, site, width):
-    window.open(site/'index.html', width)
+    window.open(site/'70_checkpoints.html', width)
     if width == 390: window.run("document.querySelector('.quarto-btn-toggle').click()")
+    assert window.run(in_sight)
     links = window.run("[...document.querySelectorAll('#quarto-sidebar a[href]')].map((o) => o.href)")
     assert {built(site, o).as_uri() for o in every} <= set(links)
     top = window.run("document.querySelector('#quarto-sidebar').getBoundingClientRect().top")
     assert top >= window.run("document.querySelector('#quarto-header').offsetHeight") > 0
     assert window.click('#quarto-sidebar a[href$="30_anchors.html"]') == (site/'30_anchors.html').as_uri()
+
+
+def test_the_picture_leads_to_the_parts(window, site):
+    "On a desk and on a phone one drawing is shown: a mouse on any of its boxes is on a link, and its words are large enough."
+    for width, kind in (1300, 'wide'), (390, 'phone'):
+        window.open(site/'index.html', width)
+        shown = "[...document.querySelectorAll('.drawings svg')].filter((o) => o.clientWidth).map((o) => o.classList[1])"
+        assert window.run(shown) == [kind]
+        size = "((o) => o.getScreenCTM().a * parseFloat(getComputedStyle(o).fontSize))(document.querySelector('.drawings .%s text'))"
+        assert window.run(size % kind) >= 12
+        links = window.run(f"[...document.querySelectorAll('.drawings .{kind} a')].map((o) => o.getAttribute('href'))")
+        assert len(links) == len(set(links)) > 12
+        for link in links:
+            place = window.run(browser.corner % f"'.drawings .{kind} a[href=\"{link}\"]'")
+            under = f"document.elementFromPoint({place['x']}, {place['y']}).closest('a').getAttribute('href')"
+            assert window.run(under) == link
+        assert window.click(f'.drawings .{kind} a[href="{links[0]}"]') == (site/links[0]).as_uri()

@@ -1,9 +1,11 @@
 "What is installed: every module is in the wheel, the front page and the tools do what they say."
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,3 +100,20 @@ def test_the_front_page_becomes_markdown(monkeypatch):
     assert docs.as_markdown(cell('code', '#| echo: false\nx', table)) == '| a |'
     assert docs.as_markdown(cell('code', 'x', dict(text='1\n'))) == '```python\nx\n```\n\n```\n1\n```'
     with pytest.raises(SystemExit, match='no pictures'): docs.as_markdown(cell('code', 'x', dict(data={'image/png': ''})))
+
+
+def test_the_front_page_is_used_as_written(tmp_path, monkeypatch):
+    "What it does with the model of `make demo`, done with one of the same kind."
+    from scratchdet.detector import mask_rcnn
+    from scratchdet.init import init_detector
+    from scratchdet.toy import make_toy, toy_names
+    from scratchdet.weights import save_model
+    code, = re.findall(r'```python\n(.*?load_model\(.*?)```', (root/'README.md').read_text(), re.S)
+    model = mask_rcnn(num_classes=6, blocks=(1, 1, 1, 1), width=32, channels=32, fc=32)
+    init_detector(model)
+    monkeypatch.chdir(tmp_path)
+    make_toy('demo/toy', 1, 1)
+    Path('demo/run').mkdir()
+    save_model('demo/run/model.safetensors', model, dict(category_names=list(toy_names)))
+    exec(code, {})
+    assert Path('found.png').stat().st_size > 1000

@@ -19,6 +19,7 @@ from latex2mathml.converter import convert
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob, patch_name
 from nbdev.processors import FilterDefaults
+from picture import pictures
 
 definition = ast.FunctionDef, ast.ClassDef
 
@@ -43,19 +44,63 @@ def as_markdown(cell):
     return '\n\n'.join(parts)
 
 
+def website(): return yaml.safe_load((get_config().nbs_path/'_quarto.yml').read_text(encoding='utf-8'))['website']
+
+
+def sections(nbs):
+    "Names of the sidebar's sections, and the notebooks of each, in reading order."
+    found = [o for o in website()['sidebar']['contents'] if isinstance(o, dict)]
+    files = [sorted(nbs.glob(o['contents'])) if isinstance(o['contents'], str) else [nbs/p for p in o['contents']] for o in found]
+    return {o['section']: f for o, f in zip(found, files)}
+
+
+def listed(text):
+    "Markdown with the list of all pages in place of its mark."
+    nbs = get_config().nbs_path
+    if '<!-- pages -->' not in text: return text
+    def link(path): return f'[{read_nb(path).cells[0].source.splitlines()[0][2:]}]({path.relative_to(nbs)})'
+    lines = [f'- **{name}**: ' + ', '.join(map(link, paths)) for name, paths in sections(nbs).items()]
+    return text.replace('<!-- pages -->', '\n'.join(lines))
+
+
 def readme():
-    "README.md as text."
+    "README.md as text: links to the repository's files are short, those beside the notebook lead to their folder."
     cells = read_nb(get_config().nbs_path/get_config().readme_nb).cells
     note = '<!-- made from nbs/index.ipynb by `make readme`: edit the notebook -->'
-    text = '\n\n'.join([note, *filter(None, map(as_markdown, cells))]) + '\n'
-    return re.sub(r'\]\((?=[\w/]+\.ipynb)', '](nbs/', text)
+    text = listed('\n\n'.join([note, *filter(None, map(as_markdown, cells))]) + '\n')
+    text = re.sub(r'(\]\(|src="|srcset=")(?=[\w/-]+\.(?:ipynb|svg))', r'\1nbs/', text)
+    return re.sub(rf'\]\({re.escape(website()["repo-url"])}/(?:blob|tree)/main/', '](', text)
+
+
+def front():
+    "Files that are made from the notebooks for whoever reads the repository: README.md and its pictures."
+    files = {f'nbs/{name}': text for name, text in pictures().items()}
+    return {get_config().config_path/name: text for name, text in {'README.md': readme(), **files}.items()}
+
+
+def text_faults(path):
+    "Links and pictures of a Markdown file of the repository that lead nowhere, as GitHub would follow them."
+    text = path.read_text(encoding='utf-8')
+    prose = re.sub(r'^```.*?^```|`[^`\n]*`', '', text, flags=re.S | re.M)
+    places = {re.sub(r'[^\w\- ]', '', o.strip().lower()).replace(' ', '-') for o in re.findall(r'^#+ (.*)$', prose, re.M)}
+    links = re.findall(r'\]\(([^)\s]+)\)', prose) + re.findall(r'(?:href|src|srcset)="([^"]*)"', prose)
+    def leads(link):
+        parts = urlsplit(link)
+        if parts.scheme: return True
+        return (path.parent/unquote(parts.path)).exists() and (parts.path or unquote(parts.fragment) in places)
+    return [f'{path.name}: {o} leads nowhere' for o in links if not leads(o)]
 
 
 def write_readme(check):
-    "Write README.md, or fail when it is not what the index page gives."
-    path = get_config().config_path/'README.md'
-    if not check: return path.write_text(readme(), encoding='utf-8')
-    if path.read_text(encoding='utf-8') != readme(): sys.exit('README.md is not what nbs/index.ipynb gives: make readme')
+    "Write README.md and its pictures, or fail when they are not what the index page gives, or when a link leads nowhere."
+    files = front()
+    if not check:
+        for path, text in files.items(): path.write_text(text, encoding='utf-8')
+        return
+    stale = [o.name for o, text in files.items() if not o.exists() or o.read_text(encoding='utf-8') != text]
+    if stale: sys.exit(f'{", ".join(stale)}: not what nbs/index.ipynb and tools/picture.py give: make readme')
+    found = [fault for o in sorted(get_config().config_path.glob('*.md')) for fault in text_faults(o)]
+    if found: sys.exit('\n'.join(found))
     print('README.md is what nbs/index.ipynb gives')
 
 
@@ -128,7 +173,7 @@ def page(path, names):
     for cell in nb.cells:
         module = names.modules[path]
         cells += [mk_cell(f'### `{o}` {{#{module}.{o} .symbol}}', 'markdown') for o in headings.get(cell.get('id'), [])]
-        if cell.cell_type == 'markdown': cell.source = names.linked(cell.source, path)
+        if cell.cell_type == 'markdown': cell.source = names.linked(listed(cell.source), path)
         for data in (o.data for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})):
             data['text/markdown'] = names.linked(''.join(data['text/markdown']), path)
         cells.append(cell)
@@ -162,12 +207,20 @@ def mathml(found):
     return formula
 
 
+def drawn(found):
+    "A picture that is read from files in the repository, drawn in the page itself: its parts are links, its colours the page's."
+    files = re.findall(r'(?:src|srcset)="([^"]+\.svg)"', found[0])
+    drawings = [(get_config().nbs_path/o).read_text(encoding='utf-8').replace('.ipynb"', '.html"') for o in files]
+    return f'<span class="drawings">{"".join(drawings)}</span>'
+
+
 def finish(out, names):
     "The built site made to work from a folder, without network: formulas are MathML, the index of the search is a script."
     for path in names.modules:
         to = out/path.relative_to(get_config().nbs_path).with_suffix('.html')
         text = linked_code(to.read_text(encoding='utf-8'), names.imported(path))
         text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', mathml, text, flags=re.S)
+        text = re.sub(r'<picture>.*?</picture>', drawn, text, flags=re.S)
         text = re.sub(r'<(?:link|script)[^>]*"https?://[^"]*(?:katex|mathjax|polyfill)[^>]*>(?:</script>)?', '', text, flags=re.I)
         to.write_text(text, encoding='utf-8')
     for path in out.rglob('*.css'):  # a theme's fonts
@@ -205,9 +258,11 @@ class PageParser(HTMLParser):
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
         if 'id' in found: self.ids.append(found['id'])
-        if tag == 'a' and found.get('href'): self.links.append(found['href'])
-        elif tag == 'link' and found.get('rel') != 'canonical': self.loads.append(found['href'])
-        elif found.get('src'): self.loads.append(found['src'])
+        address = found.get('href', found.get('xlink:href'))
+        if tag == 'a' and address: self.links.append(address)
+        elif tag != 'a' and address and found.get('rel') != 'canonical': self.loads.append(address)
+        self.loads += [found[o] for o in ('src', 'poster', 'data') if found.get(o)]
+        self.loads += [o.split()[0] for o in found.get('srcset', '').split(',') if o.strip()]
         self.depth += tag in self.aside
 
     def handle_endtag(self, tag): self.depth -= tag in self.aside
@@ -218,7 +273,7 @@ class PageParser(HTMLParser):
 
 def faults(out):
     "What is wrong in a built site, one line each: links and pictures to nothing, what needs the network, raw Markdown and formulas."
-    home = yaml.safe_load((get_config().nbs_path/'_quarto.yml').read_text(encoding='utf-8'))['website']['site-url'].rstrip('/')
+    home, repository = (website()[o].rstrip('/') for o in ('site-url', 'repo-url'))
     pages = {o: PageParser(o.read_text(encoding='utf-8')) for o in sorted(out.rglob('*.html'))}
     found = [] if pages else [f'{out}: no pages']
     for path in out.rglob('*.css'):
@@ -230,6 +285,8 @@ def faults(out):
         found += [f'{name}: needs the network for {o}' for o in page.loads if urlsplit(o).scheme in ('http', 'https')]
         found += [f'{name}: raw Markdown or formula: {o}' for o in re.findall(r'\]\([^)\n]*\)|\$\$.*|\\[a-zA-Z(\[].*|:::.*|\{#.*', text)]
         for link in page.links + page.loads:
+            file = re.match(rf'{re.escape(repository)}/(?:blob|tree)/main/([^#?]*)', link)
+            if file and not (get_config().config_path/unquote(file[1])).exists(): found.append(f'{name}: {link} is not in the repository')
             link = os.path.relpath(out, path.parent) + link[len(home):] if link.startswith(home) else link
             parts = urlsplit(link)
             if parts.scheme or parts.netloc: continue
