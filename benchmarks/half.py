@@ -1,7 +1,7 @@
 """bf16 against fp32 on the reference vectors: every loss, and the cosine of the whole gradient; torchvision's own beside.
 
-Weights and images are those of the reference files; both samplers of ours keep everything, torchvision's draw the same anchors and RoIs in both
-precisions as long as the proposals are the same. A processor without bf16 imitates it, slowly but with the same rounding.
+Weights and images are those of the reference files, with a hundred proposals an image; both samplers of ours keep everything, torchvision's draw the
+same anchors and RoIs in both precisions as long as the proposals are the same. A processor without bf16 imitates it, slowly.
 
     python benchmarks/half.py --out results/half.json
 """
@@ -43,8 +43,8 @@ def main():
     for name in (o for o in FILES if o.startswith('mask')):
         case = Case(name)
         batch, model = case.batch, case.model.train()
-        keys = image_keys(0, 0, batch.image_ids)
-        peer = with_weights(torchvision_mask_rcnn(80, batch.images.shape[-2:]).train(), model)
+        keys, model.rpn.post_nms_topk = image_keys(0, 0, batch.image_ids), (100, 100)
+        peer = with_weights(torchvision_mask_rcnn(80, batch.images.shape[-2:], post_nms_train=100).train(), model)
         images, targets = torchvision_inputs(batch)
         both = (model, lambda: model(batch, keys)), (peer, lambda: peer([o.clone() for o in images], targets))
         result[name] = {k: compared(*o) for k, o in zip(kinds, both)}

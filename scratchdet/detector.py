@@ -218,10 +218,11 @@ def scale_detections(
     det:dict, # one image's detections at network scale
     size:tuple, # h, w of the network's image
     original:tuple, # h, w of the original image
+    paste=paste_masks, # makes the masks: `paste_masks`, or `mask_rles` for run lengths
 )->dict: # boxes (D, 4) px, scores, labels and, with a mask head, masks (D, h, w) bool, of the original image
     "Detections in the pixels of the original image."
     (h, w), (height, width) = ([int(x) for x in o] for o in (size, original))
     boxes = det['boxes'] * det['boxes'].new_tensor([width/w, height/h] * 2)
     out = dict(boxes=boxes, scores=det['scores'], labels=det['labels'])
-    if 'mask_probs' in det: out['masks'] = paste_masks(det['mask_probs'], boxes, height, width)
+    if 'mask_probs' in det: out['masks'] = paste(det['mask_probs'], boxes, height, width)
     return out

@@ -51,13 +51,14 @@ from .masks import mask_to_rle
 from .coco import CocoIndex, coco_split, load_index
 from .records import _parse
 from .loader import eval_loader
+from .mask_head import mask_rles
 from .detector import scale_detections
 from .weights import load_model, write_file
 from .watch import MainFailed, by_main, lost_process
 
 # %% ../nbs/63_evaluate.ipynb #68a33f4a
 def detections_to_coco(
-    det:dict, # boxes (D, 4) xyxy px of the original image, labels, scores (D,), perhaps masks (D, h, w) bool
+    det:dict, # boxes (D, 4) xyxy px of the original image, labels, scores, masks (D, h, w) or run lengths
     image_id:int, # COCO's number of the image
     category_ids, # (K,) COCO's number of each label
 )->list: # D json-able records of COCO's results format
@@ -66,7 +67,8 @@ def detections_to_coco(
     kinds = [int(category_ids[k]) for k in det['labels'].tolist()]
     rows = [dict(image_id=int(image_id), category_id=k, bbox=b, score=s)
             for k, b, s in zip(kinds, boxes, scores)]
-    for row, mask in zip(rows, det.get('masks', ())): row['segmentation'] = mask_to_rle(mask.cpu())
+    for row, mask in zip(rows, det.get('masks', ())):
+        row['segmentation'] = mask if isinstance(mask, dict) else mask_to_rle(mask.cpu())
     return rows
 
 # %% ../nbs/63_evaluate.ipynb #eec878a8
@@ -161,7 +163,7 @@ def _by_image(model, index, loader, device):
     for batch, original in loader:
         dets, sizes = model(batch.to(device)), batch.sizes.tolist()
         for image_id, det, size, whole in zip(batch.image_ids.tolist(), dets, sizes, original.tolist()):
-            det = scale_detections(det, size, whole)
+            det = scale_detections(det, size, whole, mask_rles)
             found[image_id] = detections_to_coco(det, image_id, index.category_ids)
     return found
 
