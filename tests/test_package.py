@@ -4,32 +4,52 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from pages import pages, root
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    "The wheel of this tree, built without the network, from a copy."
-    out = tmp_path_factory.mktemp('wheel')
-    copy = out/'copy'
-    shutil.copytree(root/'scratchdet', copy/'scratchdet', ignore=shutil.ignore_patterns('__pycache__'))
-    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(root/name, copy)
-    command = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--quiet', '--wheel-dir', out, copy]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+def sdist(tmp_path_factory):
+    "The source archive of this tree, built without the network, from a copy."
+    copy = tmp_path_factory.mktemp('sdist')/'copy'
+    copied = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, copied.split('\0')):
+        if not (root/name).is_file() or name.startswith('nbs/'): continue
+        (copy/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/name, copy/name)
+    done = subprocess.run([sys.executable, 'setup.py', '--quiet', 'sdist'], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, = out.glob('scratchdet-*.whl')
+    found, = (copy/'dist').glob('scratchdet-*.tar.gz')
     return found
 
 
-def test_the_wheel_holds_every_module(wheel):
+@pytest.fixture(scope='module')
+def wheel(sdist):
+    "The wheel that the source archive gives."
+    command = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--quiet', '--wheel-dir', sdist.parent, sdist]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, = sdist.parent.glob('scratchdet-*.whl')
+    return found
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert len(pages) >= 22 and {f'scratchdet/{o.module}.py' for o in pages} <= names
-    assert 'scratchdet/__init__.py' in names and 'scratchdet/_modidx.py' in names
+    modules = {f'scratchdet/{o.name}' for o in (root/'scratchdet').glob('*.py')}
+    assert len(pages) >= 22 and {f'scratchdet/{o.module}.py' for o in pages} <= modules
+    assert {o for o in names if '.dist-info/' not in o} == modules
+
+
+def test_the_archive_holds_what_it_is_built_from(sdist):
+    names = {o.partition('/')[2] for o in tarfile.open(sdist).getnames()}
+    assert {'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'CHANGELOG.md', 'scratchdet/boxes.py'} <= names
+    assert not [o for o in names if o.startswith(('tests', 'nbs', 'results', '.'))]
 
 
 def test_the_wheel_works(wheel, tmp_path):
@@ -50,6 +70,38 @@ def test_versions_agree():
     text = (root/'settings.ini').read_text()
     assert f'\nversion = {scratchdet.__version__}\n' in text
     assert f'## {scratchdet.__version__}' in (root/'CHANGELOG.md').read_text()
+
+
+@pytest.mark.parametrize('tag, version, heading, fault', [
+    ('v1.2.0', '1.2.0', '1.2.0, 2026-01-31', None), ('v1.3.0', '1.2.0', '1.2.0, 2026-01-31', 'the tag is v1.3.0'),
+    ('v1.2.0', '1.1.0', '1.2.0, 2026-01-31', '__init__.py has 1.1.0'), ('v1.2.0', '1.2.0', '1.2.0, not released yet', 'CHANGELOG.md'),
+    ('v1.2.0', '1.2.0', '1.1.0, 2026-01-31', 'CHANGELOG.md')])
+def test_a_release_is_what_its_tag_says(monkeypatch, tmp_path, tag, version, heading, fault):
+    monkeypatch.syspath_prepend(root/'tools')
+    import release
+    (tmp_path/'scratchdet').mkdir()
+    (tmp_path/'settings.ini').write_text('[DEFAULT]\nversion = 1.2.0\n')
+    (tmp_path/'scratchdet/__init__.py').write_text(f'__version__ = "{version}"\n')
+    (tmp_path/'CHANGELOG.md').write_text(f'# Changes\n\n## {heading}\n\n- All.\n\n## 1.0.0, 2025-01-31\n')
+    found = release.faults(tag, tmp_path)
+    assert found == [] if fault is None else len(found) == 1 and fault in found[0]
+
+
+def test_workflows_name_what_is_here():
+    "They are YAML with pinned actions; every script and target that they call exists, and nothing is published before tests and build."
+    files = {o.stem: yaml.safe_load(o.read_text()) for o in (root/'.github/workflows').glob('*.yml')}
+    assert set(files) == {'test', 'docs', 'release'}
+    steps = [s for f in files.values() for j in f['jobs'].values() for s in j.get('steps', [])]
+    commands = '\n'.join(s.get('run', '') for s in steps)
+    assert all(re.fullmatch(r'[\w-]+/[\w-]+@(v\d+|release/v\d+)', s['uses']) for s in steps if 'uses' in s)
+    targets = re.findall(r'\bmake (\S+)', commands)
+    assert set(targets) == {'test', 'docs'} and all(f'\n{o}:' in (root/'Makefile').read_text() for o in targets)
+    scripts = re.findall(r'\b(tools/\S+\.py)', commands)
+    assert scripts == ['tools/release.py'] and (root/scripts[0]).exists()
+    assert re.findall(r'-m (scratchdet\.\w+)', commands) == ['scratchdet.toy']
+    jobs = files['release']['jobs']
+    assert jobs['publish']['needs'] == ['test', 'build'] and jobs['publish']['permissions'] == {'id-token': 'write'}
+    assert 'workflow_call' in files['test'][True] and jobs['test']['uses'] == './.github/workflows/test.yml'  # `on` reads as true
 
 
 @pytest.fixture
