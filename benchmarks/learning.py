@@ -46,19 +46,13 @@ def epochs(images, recipe):
     "The training batches of a run, one after the other."
     for epoch in range(10 ** 6):
         yield from train_loader(images, batch_size=recipe.batch_size, seed=recipe.seed, epoch=epoch, short_sides=recipe.short_sides,
-                                long_side=recipe.long_side, flip=recipe.flip)
+                                long_side=recipe.long_side, flip=recipe.flip, masks=recipe.masks)
 
 
-def learn(kind, recipe, root, evaluations):
-    "Train one model; returns the losses of every tenth step, AP at `evaluations` points of the run, seconds of training."
-    (train, images), (val, val_images) = (coco_split(root, o) for o in ('train', 'val'))
-    index, unseen = training_images(load_index(train, images)), load_index(val, val_images)
-    schedule = recipe_schedule(recipe, len(index))
-    model = build(kind, recipe, len(index.category_ids), recipe.seed).train()
-    optimizer = sgd(model, recipe.lr, recipe.momentum, recipe.weight_decay)
-    points = {round(schedule.steps * (i + 1) / evaluations) for i in range(evaluations)}
-    losses, ap, seconds = [], [], 0.
-    for step, batch in zip(range(schedule.steps), epochs(index, recipe)):
+def training(model, recipe, images, schedule):
+    "Train `model` step by step; yields each step's number, its loss, and the seconds of its forward, backward and update."
+    optimizer = sgd(model.train(), recipe.lr, recipe.momentum, recipe.weight_decay)
+    for step, batch in zip(range(schedule.steps), epochs(images, recipe)):
         start = time.perf_counter()
         for g in optimizer.param_groups: g['lr'] = schedule(step)
         with torch.autocast('cpu', torch.bfloat16, enabled=recipe.precision == 'bf16'):
@@ -66,11 +60,32 @@ def learn(kind, recipe, root, evaluations):
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        seconds += time.perf_counter() - start
-        if step % 10 == 0: losses.append([step, total.item()])
+        yield step, total.item(), time.perf_counter() - start
+
+
+def unseen_ap(model, recipe, unseen):
+    "What `evaluate` finds on the images of `unseen`."
+    return evaluate(model, unseen, eval_loader(unseen, batch_size=8, short=recipe.short_sides[-1], long=recipe.long_side))
+
+
+def both_splits(root):
+    "The index of what is learned from, and that of the unseen images."
+    (train, images), (val, val_images) = (coco_split(root, o) for o in ('train', 'val'))
+    return training_images(load_index(train, images)), load_index(val, val_images)
+
+
+def learn(kind, recipe, root, evaluations):
+    "Train one model; returns the losses of every tenth step, AP at `evaluations` points of the run, seconds of training."
+    index, unseen = both_splits(root)
+    schedule = recipe_schedule(recipe, len(index))
+    model = build(kind, recipe, len(index.category_ids), recipe.seed)
+    points = {round(schedule.steps * (i + 1) / evaluations) for i in range(evaluations)}
+    losses, ap, seconds = [], [], 0.
+    for step, loss, took in training(model, recipe, index, schedule):
+        seconds += took
+        if step % 10 == 0: losses.append([step, loss])
         if step + 1 in points:
-            loader = eval_loader(unseen, batch_size=8, short=recipe.short_sides[-1], long=recipe.long_side)
-            found = evaluate(model, unseen, loader)
+            found = unseen_ap(model, recipe, unseen)
             ap.append(dict(step=step + 1, **{f'{k}_{m}': found[k][m] for k in ('bbox', 'segm') for m in ('AP', 'AP50')}))
             print(f'{kind} seed {recipe.seed} step {step + 1}: {ap[-1]}, {seconds:.0f} s of training', flush=True)
     return dict(kind=kind, seed=recipe.seed, losses=losses, ap=ap, seconds=seconds)
