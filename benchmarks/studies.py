@@ -39,6 +39,8 @@ from scratchdet.toy import make_toy, toy_image, toy_names
 recipe = replace(
     recipes['demo'], name='studies', masks=False, width=16, channels=32, fc=128, groups=2, roi_batch=16, pre_nms_topk=(50, 50),
     post_nms_topk=(50, 50), short_sides=(64,), long_side=96, precision='fp32', warmup=20)
+used = ('blocks width channels fc groups rpn_batch pre_nms_topk post_nms_topk roi_batch score_thresh max_dets short_sides long_side flip batch_size lr '
+        'momentum weight_decay warmup warmup_factor gamma precision')  # the other values of the recipe have no say here
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ class Setting:
     batch: int = 8                # images of a step; lr follows by the linear rule, steps are fewer
     init: str = 'scratchdet'      # one of `schemes`
     zero_last: bool = False       # the last norm of each bottleneck starts at 0
-    blocks: tuple = (1, 1, 1, 1)  # bottlenecks of each stage
     head: str = 'norm, ReLU'      # what follows a convolution of the box head: 'norm, ReLU' or 'ReLU, norm'
     rpn_norm: bool = False        # GroupNorm after the 3x3 convolution of the RPN head
     length: int = 2               # of the schedule, "k x"
@@ -65,11 +66,11 @@ schemes = dict(
     normal=lambda model: fill_part(model, partial(gaussian, std=.01)))
 
 studies = dict(
-    norm=[Setting(norm='frozen'), *[Setting(norm=n, batch=b) for b in (8, 2, 1) for n in ('GN', 'BN')]],
+    norm=[Setting(norm='frozen'), *[Setting(norm=n, batch=b) for b in (8, 2) for n in ('GN', 'BN')]],
     init=[Setting(init=o) for o in schemes],
-    zero_init=[Setting(blocks=(k,) * 4, zero_last=z) for k in (1, 2) for z in (False, True)],
-    schedule=[Setting(length=1, drops='share'), Setting(), *[Setting(length=k, drops=o) for k in (4,) for o in ('tail', 'share')]],
-    pretrain=[Setting(length=k, drops='share' if k == 1 else 'tail', pretrained=p) for k in (1, 2, 4) for p in (False, True)],
+    zero_init=[Setting(zero_last=z) for z in (False, True)],
+    schedule=[Setting(length=1, drops='share'), Setting(), *[Setting(length=k, drops=o) for k in (4, 8) for o in ('tail', 'share')]],
+    pretrain=[Setting(length=k, drops='share' if k == 1 else 'tail', pretrained=p) for k in (1, 2, 4, 8) for p in (False, True)],
     order=[Setting(), Setting(head='ReLU, norm'), Setting(rpn_norm=True)])
 
 
@@ -111,7 +112,7 @@ def build(setting, num_classes=len(toy_names)):
     head = RPNHead(c)
     if setting.rpn_norm: head.conv = nn.Sequential(head.conv, nn.GroupNorm(groups, c))
     model = Detector(
-        backbone=ResNet(setting.blocks, recipe.width, groups=groups), fpn=FPN(tuple(4 * recipe.width * 2 ** i for i in range(4)), c, groups=groups),
+        backbone=ResNet(recipe.blocks, recipe.width, groups=groups), fpn=FPN(tuple(4 * recipe.width * 2 ** i for i in range(4)), c, groups=groups),
         rpn=RPN(head, Anchors(scale=4), batch_size_per_image=recipe.rpn_batch, pre_nms_topk=recipe.pre_nms_topk, post_nms_topk=recipe.post_nms_topk),
         box_head=BoxHead(c, num_classes, convs=2, conv_channels=c, fc=recipe.fc, resolution=5, groups=groups), num_classes=num_classes,
         batch_size_per_image=recipe.roi_batch, low_quality=.5)
@@ -208,7 +209,7 @@ def stored_runs(out, setup):
 def study(name, out, root, args):
     "Run what is missing of a study; `out` is written after each run."
     sizes = dict(unit=args.unit, train=args.train, val=args.val, crops=args.crops)
-    setup = dict(recipe=vars(recipe), base=asdict(Setting()), **sizes, torch=torch.__version__)
+    setup = dict(recipe={k: getattr(recipe, k) for k in used.split()}, base=asdict(Setting()), **sizes, torch=torch.__version__)
     setup = json.loads(json.dumps(setup))
     index, unseen = both_splits(root)
     command = f'python benchmarks/studies.py {name} --out results/{name}.json' + args.changed
@@ -238,6 +239,7 @@ def main(argv=None):
     args.changed = ''.join(f' --{k} {str(v).strip("[]").replace(",", "")}' for k in names if (v := getattr(args, k)) != p.get_default(k))
     if len(args.names) > 1 and args.out.suffix: p.error(f'--out {args.out}: several studies need a folder')
     torch.set_num_threads(1)
+    (args.out.parent if args.out.suffix else args.out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         root = make_toy(Path(folder) / 'toy', train=args.train, val=args.val, size=(recipe.short_sides[0], recipe.long_side))
         for name in args.names: study(name, args.out if args.out.suffix else args.out / f'{name}.json', root, args)

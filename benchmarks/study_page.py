@@ -13,18 +13,22 @@ def load(name):
     print(f"{study['hardware']['cpu']}, one thread, torch {setup['torch']}: {seconds / 60:.0f} CPU minutes in all")
     print(f"{setup['train']} images to learn from, {setup['val']} unseen, {recipe['short_sides'][0]} x {recipe['long_side']} px;",
           f"1x is {unit} images, the base is {setup['base']['length']}x")
-    print(f"ResNet of width {recipe['width']}, blocks {recipe['blocks']}; pyramid and heads of {recipe['channels']} channels,",
+    print(f"ResNet of width {recipe['width']}, {recipe['blocks']} bottlenecks; pyramid and heads of {recipe['channels']} channels,",
           f"{recipe['groups']} groups; {recipe['roi_batch']} RoIs")
     print(f"SGD, lr {recipe['lr']} for {recipe['batch_size']} images, seeds {study['seeds']}")
     return study
 
 
-def by(study, *names, what='AP50'):
-    "The runs' values in percent, one a seed, for each combination of the settings `names`."
+def place(study, run, names):
+    "What a run is called in `by`: the values of its settings `names`."
+    key = tuple(str(run.get(k, study['setup']['base'][k])) for k in names)
+    return key if len(key) > 1 else key[0]
+
+
+def by(study, *names):
+    "AP50 in percent, one a seed, for each combination of the settings `names`."
     rows = {}
-    for run in study['runs']:
-        key = tuple(str(run.get(k, study['setup']['base'][k])) for k in names)
-        rows.setdefault(key if len(key) > 1 else key[0], {})[run['seed']] = 100 * run[what]
+    for run in study['runs']: rows.setdefault(place(study, run, names), {})[run['seed']] = 100 * run['AP50']
     wrong = [k for k, v in rows.items() if len(v) < 3 or len(v) != len(study['seeds'])]
     if wrong: raise ValueError(f'{study["command"]}: no three seeds for {wrong}')
     return {k: [v[s] for s in study['seeds']] for k, v in rows.items()}
@@ -38,14 +42,26 @@ def table(rows, first='setting'):
     for k, v in rows.items(): print(f'{names[k]:{width}}  {mean(v):5.1f}  {min(v):6.1f} to {max(v):.1f}')
 
 
-def dots(ax, rows, labels=None):
+def dots(ax, rows, labels):
     "Every seed as a dot, the mean as a line, one column a row of the table."
     for i, v in enumerate(rows.values()):
-        ax.plot([i - .25, i + .25], [mean(v)] * 2, color=f'C{i % 10}')
-        ax.plot([i + .08 * (j - (len(v) - 1) / 2) for j in range(len(v))], v, 'o', ms=4, color=f'C{i % 10}')
-    ax.set_xticks(range(len(rows)), labels or [str(k) for k in rows], fontsize=8)
+        ax.plot([i - .25, i + .25], [mean(v)] * 2, color=f'C{i}')
+        ax.plot([i + .08 * (j - (len(v) - 1) / 2) for j in range(len(v))], v, 'o', ms=4, color=f'C{i}')
+    ax.set_xticks(range(len(rows)), labels, fontsize=8)
     ax.set_ylim(bottom=0)
     ax.grid(axis='y', alpha=.3)
+
+
+def curves(ax, study, names, rows, labels):
+    "The loss of every run over the images it saw, one colour a row of the table."
+    for i, (row, label) in enumerate(zip(rows, labels)):
+        for run in (o for o in study['runs'] if place(study, o, names) == row):
+            images = run['every'] * run.get('batch', study['setup']['base']['batch'])
+            x = [(k + .5) * images for k in range(len(run['losses']))]
+            ax.plot(x, run['losses'], color=f'C{i}', lw=.8, label=None if run['seed'] else label)
+    ax.set(xlabel='images', title='sum of the losses')
+    ax.legend(fontsize=7)
+    ax.grid(alpha=.3)
 
 
 def apart(a, b):
