@@ -224,11 +224,11 @@ def plan_epoch(
 )->list: # of ceil(n / B) `GlobalBatch`
     "The batches of an epoch; they depend on images, seed and epoch alone."
     ids = np.arange(len(sizes)) if image_ids is None else image_ids
-    draw = lambda what: hash_ids(ids, seed, epoch, what)
-    shorts = np.array(short_sides)[draw(1) % np.uint64(len(short_sides))]
-    flips = (draw(2) >> np.uint64(11)) * 2.**-53 < flip
+    chance = lambda what: hash_ids(ids, seed, epoch, what)
+    shorts = np.array(short_sides)[chance(1) % np.uint64(len(short_sides))]
+    flips = (chance(2) >> np.uint64(11)) * 2.**-53 < flip
     scaled, padded = _scaled(sizes, shorts, long_side, buckets)
-    batches = _grouped(padded, draw(0), batch_size)
+    batches = _grouped(padded, chance(0), batch_size)
     order = np.argsort(hash_ids(np.arange(len(batches)), seed, epoch, 3))
     batches = [batches[i] for i in order]
     return [GlobalBatch(o, scaled[o], flips[o], tuple(padded[o].max(0).tolist()), batch_size)
