@@ -64,8 +64,8 @@ def scalars(
     record:dict, # a line of the log, or an evaluation
 )->dict: # name -> number
     "What of a record is drawn."
-    flat = {}
-    for k, v in record.items(): flat |= {f'{k}/{n}': o for n, o in v.items()} if isinstance(v, dict) else {k: v}
+    def named(k, v): return {f'{k}/{n}': o for n, o in v.items()} if isinstance(v, dict) else {k: v}
+    flat = {n: o for k, v in record.items() for n, o in named(k, v).items()}
     return {k: v for k, v in flat.items() if type(v) in (int, float) and k not in ('step', 'images')}
 
 # %% ../nbs/56_track.ipynb #fcb72a05
@@ -82,8 +82,8 @@ def _start(name, trackers):
     tracker = _make(name, trackers)
     try: tracker.start()
     except Exception as e:  # each library has errors of its own
-        raise ValueError(f'--track {name} does not start: {str(e).strip().splitlines()[0]}. Without a network or '
-                         'an account, wandb wants WANDB_MODE=offline') from e
+        raise ValueError(f'--track {name} does not start: {str(e).strip().splitlines()[0]}. Without a network '
+                         'or an account, wandb wants WANDB_MODE=offline') from e
     if name == 'tensorboard' and name not in trackers.told['sent']:
         tracker.store_init_configuration(trackers.config)
     return tracker

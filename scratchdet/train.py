@@ -12,7 +12,7 @@ from .recipes import find_recipe, recipes, settings_help
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
-)->argparse.Namespace: # recipe, coco, out, set, cpu, quiet
+)->argparse.Namespace: # recipe, coco, out, set, track, cpu, quiet
     "The command line of `python -m scratchdet.train`."
     p = argparse.ArgumentParser(
         prog='python -m scratchdet.train', formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -23,6 +23,8 @@ def parse_args(
     p.add_argument('--out', required=True, metavar='DIR', help='run folder: log, checkpoints, weights')
     p.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE',
                    help='values of the recipe, like lr=0.01 (default: as the recipe says)')
+    p.add_argument('--track', nargs='+', action='extend', default=[], metavar='NAME',
+                   help='report to tensorboard, wandb or trackio too (default: to none)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     return p.parse_args(argv)
@@ -32,6 +34,7 @@ if __name__ == '__main__' and __spec__: args = parse_args()
 # %% ../nbs/64_train.ipynb #ecb58f41
 import fcntl, json, resource, sys, time
 from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from io import TextIOWrapper
 from pathlib import Path
@@ -52,6 +55,7 @@ from .init import init_detector
 from .weights import save_model, sync
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
 from .watch import MainFailed, StopSignals, Watch, by_main, lost_process
+from .track import Trackers, check_trackers, evaluations, read_evaluation
 from .schedule import check_lr, epoch_steps, split_batch
 from .optim import check_trainable, sgd, usable_precision
 from .recipes import (Recipe, detector_arguments, load_recipe, recipe_differences, recipe_schedule,
@@ -291,15 +295,10 @@ def _eval_loader(run, index, all_images=False):
     return eval_loader(index, short=meta['short_side'], long=meta['long_side'], buckets=recipe.buckets,
                        workers=recipe.workers, **share)
 
-def _read_evaluation(file):
-    "What is in a file of an evaluation; None without the file, or if it is damaged."
-    try: return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError): return None
-
 def _evaluation(run, watch):
     "COCO's numbers of the model as it is; from the run folder, if they are there."
     file, accelerator = run.out/'eval'/f'step_{run.step:08}.json', run.accelerator
-    if done := by_main(lambda: _read_evaluation(file), accelerator): return done
+    if done := by_main(lambda: read_evaluation(file), accelerator): return done
     loader = watch.each(_eval_loader(run, run.val), f'evaluation after step {run.step}')
     results = evaluate(run.detector, run.val, loader, accelerator=accelerator)
     results = dict(step=run.step, epoch=run.step / run.epoch, **results)
@@ -311,15 +310,11 @@ def _evaluation(run, watch):
     return results
 
 # %% ../nbs/64_train.ipynb #8a1780f9
-def _evaluations(out):
-    "All evaluations in a run folder, in the order of their steps."
-    return [o for o in map(_read_evaluation, sorted((out/'eval').glob('step_*.json'))) if o]
-
 def _save(run):
     "A checkpoint of the run, by the main process."
     if not run.accelerator.is_main_process: return
     state = dict(step=run.step, epoch=run.step / run.epoch, images=run.images.cache.stem)
-    best = max(_evaluations(run.out), key=lambda o: o['bbox']['AP'] or 0, default={}).get('step')
+    best = max(evaluations(run.out), key=lambda o: o['bbox']['AP'] or 0, default={}).get('step')
     save_checkpoint(run.out/'checkpoints', run.detector, run.optimizer, state, run.recipe.keep, best,
                     run.meta)
 
@@ -330,7 +325,7 @@ def draw_curves(
     "Draw loss and AP of a run to `curves.png`."
     out = Path(out)
     lines = [json.loads(o) for o in (out/'log.jsonl').read_text().splitlines()]
-    tests = _evaluations(out)
+    tests = evaluations(out)
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     names = [k for k in lines[0] if k.startswith('loss')] if lines else []
     epochs = [o['epoch'] for o in lines]
@@ -395,18 +390,22 @@ def train(
     coco:str, # folder in COCO's layout
     out:str, # run folder
     *,
+    track:list=(), # libraries that are told too: 'tensorboard', 'wandb', 'trackio'
     cpu:bool=False, # use no GPU
     progress:bool=True, # show a bar and the table at the end
 )->dict: # the last evaluation; empty when a signal stopped the run
     "Train to the end of the schedule, from the newest checkpoint if there is one."
+    track = check_trackers(track)
     run = Run(recipe, coco, out, cpu)
     accelerator, last = run.accelerator, run.schedule.steps
     report = Report(run.out/'log.jsonl', accelerator, last, run.step, progress)
     place = accelerator.process_index, accelerator.num_processes
     data = batches(run.images, recipe, run.step, *place, run.parts)
-    with StopSignals() as stop, Watch(run.out/'processes', *place, recipe.hang_timeout) as watch:
+    tracked = Trackers(track, run.out, asdict(recipe), run.step, accelerator, quiet=not progress)
+    watched = Watch(run.out/'processes', *place, recipe.hang_timeout)
+    with StopSignals() as stop, tracked as trackers, watched as watch:
         while True:
-            if _due(run): results = _evaluation(run, watch); report.restart()
+            if _due(run): trackers.send(results := _evaluation(run, watch)); report.restart()
             if run.step == last: break
             watch.mark(f'images of step {run.step + 1}')
             parts = next(data)
@@ -414,7 +413,7 @@ def train(
             lr = _step(run, parts, report)
             line, asked = run.step % recipe.report_every == 0, stop.agreed(accelerator, run.step)
             save = asked or _due(run) or run.step % recipe.checkpoint_every == 0
-            if line or save: write_line(report, run.step, run.step / run.epoch, lr)
+            if line or save: trackers.send(write_line(report, run.step, run.step / run.epoch, lr))
             if save: _save(run)
             if asked: return {}
     _finish(run)
@@ -430,7 +429,7 @@ def main(
     try:
         recipe = find_recipe(args.recipe, args.set)
         check_lr(recipe.lr, recipe.batch_size, recipe.allow_lr_mismatch)
-        results = train(recipe, args.coco, args.out, cpu=args.cpu, progress=not args.quiet)
+        results = train(recipe, args.coco, args.out, track=args.track, cpu=args.cpu, progress=not args.quiet)
     except torch.OutOfMemoryError as e:
         sys.exit(f'scratchdet.train: {str(e).split(". ")[0]}. Give --set images_per_process= a smaller '
                  f'number, which changes no loss; {_again(args)}')
