@@ -82,8 +82,9 @@ def _start(name, trackers):
     tracker = _make(name, trackers)
     try: tracker.start()
     except Exception as e:  # each library has errors of its own
-        raise ValueError(f'--track {name} does not start: {str(e).strip().splitlines()[0]}. Without a network '
-                         'or an account, wandb wants WANDB_MODE=offline') from e
+        first = str(e).strip().splitlines()[0]
+        raise ValueError(f'--track {name} does not start: {first}. Without a network or an account, wandb '
+                         'wants WANDB_MODE=offline') from e
     if name == 'tensorboard' and name not in trackers.told['sent']:
         tracker.store_init_configuration(trackers.config)
     return tracker
@@ -109,7 +110,7 @@ class Trackers:
 
     def __exit__(self, *_):
         with _hush(self.quiet):
-            for o in self.trackers: o.finish()
+            for o in self.trackers: _finish(o)
 
     def send(self,
         record:dict, # a line of the log, or an evaluation
@@ -129,6 +130,12 @@ def _send(trackers, records):
             o.log(scalars(record), step=record['step'])
             sent[o.name] = place(record)
     write_file(trackers.file, json.dumps(trackers.told).encode())
+
+def _finish(tracker):
+    "End a tracker, for good."
+    if tracker.name != 'trackio': return tracker.finish()
+    import trackio
+    trackio.finish()
 
 def _enter(trackers):
     "Start all, and tell them what they have not heard."

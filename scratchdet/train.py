@@ -373,6 +373,18 @@ def _finish(run):
     draw_predictions(run)
 
 # %% ../nbs/64_train.ipynb #f89d6820
+def _stream(run):
+    "This process's share of every batch from here on."
+    a = run.accelerator
+    return batches(run.images, run.recipe, run.step, a.process_index, a.num_processes, run.parts)
+
+def _around(run, track, progress):
+    "What is around the loop: signals, trackers, the watch."
+    recipe, a = run.recipe, run.accelerator
+    tracked = Trackers(track, run.out, asdict(recipe), run.step, a, quiet=not progress)
+    watched = Watch(run.out/'processes', a.process_index, a.num_processes, recipe.hang_timeout)
+    return StopSignals(), tracked, watched
+
 def _step(run, parts, report):
     "One step with this process's parts of a batch; the lr that it had."
     lr, device = run.schedule(run.step), run.accelerator.device
@@ -395,15 +407,12 @@ def train(
     progress:bool=True, # show a bar and the table at the end
 )->dict: # the last evaluation; empty when a signal stopped the run
     "Train to the end of the schedule, from the newest checkpoint if there is one."
-    track = check_trackers(track)
-    run = Run(recipe, coco, out, cpu)
+    track, run = check_trackers(track), Run(recipe, coco, out, cpu)
     accelerator, last = run.accelerator, run.schedule.steps
     report = Report(run.out/'log.jsonl', accelerator, last, run.step, progress)
-    place = accelerator.process_index, accelerator.num_processes
-    data = batches(run.images, recipe, run.step, *place, run.parts)
-    tracked = Trackers(track, run.out, asdict(recipe), run.step, accelerator, quiet=not progress)
-    watched = Watch(run.out/'processes', *place, recipe.hang_timeout)
-    with StopSignals() as stop, tracked as trackers, watched as watch:
+    data = _stream(run)
+    signals, tracked, watched = _around(run, track, progress)
+    with signals as stop, tracked as trackers, watched as watch:
         while True:
             if _due(run): trackers.send(results := _evaluation(run, watch)); report.restart()
             if run.step == last: break
