@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -300,11 +301,12 @@ def faults(out):
 
 def build(to):
     "The site, in `_docs` or the folder `to`."
+    start = time.time()
     with tempfile.TemporaryDirectory() as folder:
         site = render(Path(folder)/'site')
         if to.exists(): shutil.rmtree(to)
         shutil.move(site, to)
-    print(f'the site is in {to}: open {to/"index.html"}')
+    print(f'the site is in {to}, built in {time.time() - start:.0f} s: open {to/"index.html"}')
 
 
 def check():
