@@ -159,10 +159,23 @@ def test_names_become_links(docs):
     assert names.linked('`box_iou` and `box_iou()`', detector) == \
         '[`box_iou`](00_boxes.ipynb#boxes.box_iou) and [`box_iou()`](00_boxes.ipynb#boxes.box_iou)'
     assert names.linked('`box_iou`', boxes) == '[`box_iou`](#boxes.box_iou)'
+    assert names.linked('`box_iou(a, b)`', boxes) == '[`box_iou(a, b)`](#boxes.box_iou)'
     assert names.linked('`Detector.forward`', study) == '[`Detector.forward`](../50_detector.ipynb#detector.Detector.forward)'
     assert names.linked('`scratchdet.detector`', boxes) == '[`scratchdet.detector`](50_detector.ipynb)'
     assert names.linked('`main`', nbs/'64_train.ipynb') == '[`main`](#train.main)'
     for text in '`main`', '`nobody`', '# `box_iou`', '[`box_iou`](there)', '```\n`box_iou`\n```': assert names.linked(text, boxes) == text
+
+
+def test_no_public_name_stays_without_a_link(docs):
+    "What a text says in backticks leads to its cell, on every page."
+    names, linked, missing = docs.Names(docs.nbglob(as_path=True)), 0, []
+    for path in names.modules:
+        for cell in (o for o in docs.page(path, names).cells if o.cell_type == 'markdown'):
+            text = re.sub(r'^```.*?^```|^#.*?$', '', cell.source, flags=re.S | re.M)
+            said = re.findall(r'(\[?)`([A-Za-z_][\w.]*)(?:\([^`]*\))?`', text)
+            linked += sum(bool(bracket) for bracket, name in said if name in names.places)
+            missing += [f'{path.name}: {name}' for bracket, name in said if len(names.places.get(name, [])) == 1 and not bracket]
+    assert linked > 10 and not missing
 
 
 def test_code_leads_to_what_it_imports(docs, site):
@@ -171,7 +184,7 @@ def test_code_leads_to_what_it_imports(docs, site):
     for link in ('30_anchors.html">scratchdet.anchors', '30_anchors.html#anchors.Anchors">Anchors', '02_toy.html">toy_names'):
         assert f'<a href="{link}</a>' in text
     python = '<code class="sourceCode python">{}</code>'
-    kept = ['f(draw<span class="op">=</span>1)', 'o.draw', '<span class="st">"draw"</span>', 'drawn', '<span class="co"># draw</span>']
+    kept = ['f(draw<span class="op">=</span>1)', 'o.draw', 'o<span class="op">.</span>draw', '<span class="st">"draw"</span>', 'drawn', '<span class="co"># draw</span>']
     for code in kept: assert docs.linked_code(python.format(code), dict(draw='x')) == python.format(code)
     for code in 'draw(1)', 'draw <span class="op">==</span> 1':
         linked = python.format(code.replace('draw', '<a href="x">draw</a>'))

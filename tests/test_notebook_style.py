@@ -5,7 +5,7 @@ import re
 from fnmatch import fnmatch
 
 import pytest
-from pages import every, pages, root
+from pages import Cell, every, pages, root
 
 each = pytest.mark.parametrize('page', pages, ids=[o.name for o in pages])
 any_page = pytest.mark.parametrize('page', every, ids=[o.name for o in every])
@@ -173,6 +173,47 @@ def test_random_numbers_are_seeded_where_they_are_drawn():
 def test_outputs_are_saved(page):
     shown = [o for o in page.code if o.outputs]
     assert len(shown) >= (3 if page.module else 1)
+
+
+def outside_of_functions(tree):
+    "The nodes that run when the cell runs."
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)): continue
+        yield node
+        yield from outside_of_functions(node)
+
+
+def promised(cell):
+    "What a cell must show: 'text' where it prints or ends with a value, 'picture' where it makes a figure that it does not close."
+    calls = {ast.unparse(o.func) for o in outside_of_functions(cell.tree) if isinstance(o, ast.Call)}
+    last = cell.tree.body[-1] if cell.tree.body else None
+    value = isinstance(last, ast.Expr) and not isinstance(last.value, ast.Call) and not cell.source.rstrip().endswith(';')
+    drawn = calls & {'plt.subplots', 'plt.figure'} and 'close' not in cell.names
+    return {k for k, v in dict(text=value or 'print' in calls, picture=drawn).items() if v}
+
+
+def test_what_a_cell_promises():
+    for code, kinds in (('x = 1', ''), ('x', 'text'), ('x;', ''), ('f(x)', ''), ('for i in x: print(i)', 'text'), ('def f(): print(1)', ''),
+                        ('fig, ax = plt.subplots()', 'picture'), ('fig = plt.figure()\nplt.close(fig)', '')):
+        assert promised(Cell('code', code)) == set(kinds.split())
+
+
+@any_page
+def test_no_cell_lacks_its_output(page):
+    cells = [(o, promised(o)) for o in page.code if not o.exported and not o.flags & {'hide', 'eval'}]
+    assert cells or page.name == 'index'
+    for cell, kinds in cells:
+        shown = {'picture' if 'image/png' in o.get('data', {}) else 'text' for o in cell.outputs}
+        assert kinds <= shown, cell.source
+
+
+def test_hidden_cells_are_plumbing():
+    "Imports and settings of the environment; what is shown or tested is not hidden. The front page, which is README.md too, makes tables."
+    hidden = [(page.name, o) for page in every for o in page.code if 'hide' in o.flags]
+    assert hidden
+    plain = ast.Import, ast.ImportFrom, ast.Assign
+    assert not [(name, type(n)) for name, o in hidden for n in o.tree.body if name != 'index' and not isinstance(n, plain)]
+    assert not [name for name, o in hidden if o.assertions or o.outputs]
 
 
 @any_page

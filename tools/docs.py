@@ -151,14 +151,14 @@ class Names:
             target = self.link(found[1], page)
             return f'[{found[0]}]({target})' if target else found[0]
         parts = re.split(r'(^```.*?^```|^#.*?$|\[[^\]\n]*\]\([^)\n]*\))', text, flags=re.S | re.M)
-        parts[::2] = [re.sub(r'`([\w.]+)(?:\(\))?`', link, o) for o in parts[::2]]
+        parts[::2] = [re.sub(r'`([\w.]+)(?:\([^`]*\))?`', link, o) for o in parts[::2]]
         return ''.join(parts)
 
 
 def linked_code(text, links):
     "A built page with links under names in its Python; strings, comments and keywords of calls stay."
     names = '|'.join(sorted(map(re.escape, links), key=len, reverse=True))
-    token = re.compile(rf'<span class="(?:st|ss|co)">.*?</span>|<[^>]+>|(?<![\w.])({names})(?!\w|\s*(?:<span class="op">)?=(?!=))', re.S)
+    token = re.compile(rf'<span class="(?:st|ss|co)">.*?</span>|\.(?:<[^>]+>)*\w+|<[^>]+>|(?<!\w)({names})(?!\w|\s*(?:<span class="op">)?=(?!=))', re.S)
     def link(found): return f'<a href="{links[found[1]]}">{found[1]}</a>' if found[1] else found[0]
     def block(found): return token.sub(link, found[0])
     return re.sub(r'<code class="sourceCode python">.*?</code>', block, text, flags=re.S) if links else text
