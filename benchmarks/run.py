@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from scratchdet.optim import usable_precision
+
 here = Path(__file__).parent
 parts = {  # name of the result: words of the command, and its words at toy size
     'train_step': ('train_step.py --repeats 3', '--size 64 96 --rois 8 --images 1 --objects 2 --repeats 1'),
@@ -51,9 +53,10 @@ def main():
     "Run, and print a table of what should hold."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--small', action='store_true', help='at toy size')
-    p.add_argument('--only', nargs='+', choices=parts, default=list(parts), help='these results alone')
+    p.add_argument('--only', nargs='+', choices=parts, help='these results alone (all but half where the processor has no bf16)')
     p.add_argument('--out', type=Path, default=here.parent / 'results', help='folder of the json files')
     args = p.parse_args()
+    args.only = args.only or [o for o in parts if o != 'half' or usable_precision('bf16', 'cpu') == 'bf16']
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in args.only:
