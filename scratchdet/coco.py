@@ -43,7 +43,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .masks import to_rle
 from .toy import _make_once
-from .records import _parse, _show, _wrong, read_annotations, trained
+from .records import _parse, _show, _wrong, ignored, read_annotations, skipped, trained
 
 # %% ../nbs/10_coco.ipynb #8c4a5091
 def coco_split(
@@ -261,6 +261,14 @@ def bitmaps(
     return coco_mask.decode(rles).transpose(2, 0, 1)
 
 # %% ../nbs/10_coco.ipynb #80aa996c
+def _check_trained(index):
+    "Something must be left to learn: boxes from 0 to 1 in place of px, for example, leave nothing."
+    status = index.arrays['status']
+    if (status == trained).any(): return
+    odd = f'{(status == ignored).sum()} are crowds or have no shape, {(status == skipped).sum()} are skipped'
+    raise _wrong(index.json_path, f'has no object to train on: {odd} (area 0, beside the image, under a pixel)',
+                 'are the boxes [x, y, width, height] in px?')
+
 def training_images(
     index:CocoIndex,   # all images
     filter_empty=True, # leave out images without any annotation
@@ -272,7 +280,9 @@ def training_images(
     if (small | empty).all():
         why = f'of {len(index)}, {empty.sum()} have no annotation, {small.sum()} a side under {min_size} px'
         raise _wrong(index.json_path, f'has no image to train on ({why})', 'add annotations or images')
-    return index.subset(~(small | empty))
+    chosen = index.subset(~(small | empty))
+    if filter_empty: _check_trained(chosen)
+    return chosen
 
 # %% ../nbs/10_coco.ipynb #007db987
 def _strata(index):

@@ -43,6 +43,7 @@ class Detector(nn.Module):
     ):
         super().__init__()
         if num_classes < 1: raise ValueError(f'num_classes={num_classes} must be 1 or more')
+        if not 0 < max_dets <= 10_000: raise ValueError(f'max_dets={max_dets} must be from 1 to 10,000')
         self.backbone, self.fpn, self.rpn, self.num_classes = backbone, fpn, rpn, num_classes
         self.box_head, self.mask_head, self.fixed_mask_rois = box_head, mask_head, fixed_mask_rois
         self.sampling = dict(

@@ -109,6 +109,8 @@ def _wrong(r):
     if not _rises(r.tail[::-1]): yield f'tail={r.tail} must be falling numbers of steps'
     if r.precision not in ('fp32', 'bf16'): yield f"precision='{r.precision}' must be fp32 or bf16"
     if r.on_bad_image not in ('stop', 'skip'): yield f"on_bad_image='{r.on_bad_image}' must be stop or skip"
+    if r.iterations and max(r.tail, default=0) >= r.iterations:
+        yield f'tail={r.tail} must be less than iterations={r.iterations}, or lr is low from the start'
     if (r.epochs > 0) == (r.iterations > 0): yield 'either epochs or iterations must be more than 0'
 
 # %% ../nbs/62_recipes.ipynb #91655bab

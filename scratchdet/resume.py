@@ -6,7 +6,7 @@
 __all__ = ['verify_checkpoint', 'checkpoints', 'save_checkpoint', 'find_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/54_resume.ipynb #4c31bd7b
-import hashlib, json, shutil, warnings
+import hashlib, json, re, shutil, warnings
 from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import nn
@@ -25,12 +25,22 @@ def _listed(path):
     file, names = path/'manifest.json', {'model.safetensors', 'momentum.safetensors', 'state.json'}
     try: listed = json.loads(file.read_text())
     except FileNotFoundError: raise ValueError(f'{file} is missing') from None
-    except (OSError, ValueError) as e: raise ValueError(f'{file} cannot be read ({e})') from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f'{file} cannot be read ({e})') from None
     if not isinstance(listed, dict) or set(listed) != names or {*map(type, listed.values())} != {dict}:
         raise ValueError(f'{file} does not list the files {", ".join(sorted(names))}')
     return listed
 
 # %% ../nbs/54_resume.ipynb #e44151aa
+def _check_state(path):
+    "The state must say the step that the folder is named after."
+    file = path/'state.json'
+    try: state = json.loads(file.read_text())
+    except (ValueError, RecursionError) as e: raise ValueError(f'{file} cannot be read ({e})') from None
+    step = state.get('step') if isinstance(state, dict) else state
+    if type(step) is not int or f'step_{step:08}' != path.name:
+        raise ValueError(f'{file} is not of {path.name}: its step is {step!r}')
+
 def verify_checkpoint(
     path:str, # folder of one checkpoint
 )->dict: # {file: {size in bytes, sha256}}, as the manifest lists them
@@ -44,14 +54,19 @@ def verify_checkpoint(
         for k in found:
             if found[k] != wanted.get(k):
                 raise ValueError(f'{file} is damaged: its {k} is {found[k]}, not {wanted.get(k)} as listed')
+    _check_state(Path(path))
     return listed
 
 # %% ../nbs/54_resume.ipynb #9a2d3176
+def _named(folder):
+    "What has the name of a checkpoint, the newest last; a copy under another name is the user's own."
+    return sorted(o for o in Path(folder).glob('step_*') if re.fullmatch(r'step_\d{8,}', o.name))
+
 def checkpoints(
     folder:str, # of the checkpoints
 )->list: # their folders, the newest last
     "The checkpoints in a folder: what has a manifest, unchecked."
-    return sorted(o for o in Path(folder).glob('step_*') if (o/'manifest.json').exists())
+    return [o for o in _named(folder) if (o/'manifest.json').exists()]
 
 # %% ../nbs/54_resume.ipynb #e9d6f690
 def _write(path, model, momentum, state, meta):
@@ -115,7 +130,7 @@ def find_checkpoint(
 )->Path: # the newest undamaged one; None where there is none at all
     "Choose a checkpoint to resume from; a warning names each newer one that is damaged, and why."
     wrong = []
-    for path in sorted(Path(folder).glob('step_*'), reverse=True):
+    for path in reversed(_named(folder)):
         try: verify_checkpoint(path)
         except ValueError as e: wrong.append(str(e))
         else:

@@ -88,6 +88,9 @@ def tail_schedule(
     "A schedule stated in steps of 16 images, with the drops counted from its end (1811.08883, section 4.1)."
     def scale(n): return round(n * BASE_BATCH / batch_size)
     steps = scale(iterations)
+    if steps <= scale(max(tail, default=0)):
+        raise ValueError(f'{iterations} iterations of {BASE_BATCH} images are {steps} steps of {batch_size}, of '
+                         f'which tail={tuple(tail)} leaves none at the full lr: train longer, or shorten the tail')
     return Schedule(lr=lr, steps=steps, milestones=tuple(steps - scale(o) for o in tail), **kwargs)
 
 # %% ../nbs/60_schedule.ipynb #2bf1e8c5

@@ -15,15 +15,18 @@ from fastcore.basics import patch
 
 # %% ../nbs/55_watch.ipynb #4ada13a9
 class StopSignals:
-    "Within it, SIGTERM, SIGINT and SIGUSR1 are noted, and acted on by the loop."
+    "Within it, SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted, and acted on by the loop."
     def __enter__(self):
         self.number, self.since, self.process = 0, 0., os.getpid()
-        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
-        self.before = {o: signal.signal(o, self.note) for o in numbers}
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
+        heard = [o for o in numbers if signal.getsignal(o) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.before = {o: signal.signal(o, self.note) for o in heard}
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items(): signal.signal(number, handler)
+    def __exit__(self, error, *_):
+        "After an error SIGTERM stays noted: a launcher that ends the rest must not cut short what is said."
+        for number, handler in self.before.items():
+            if error is None or number != signal.SIGTERM: signal.signal(number, handler)
 
     def note(self,
         number:int, # of the signal

@@ -70,6 +70,13 @@ def _check_fit(model, state, source):
         end = 'build the model with the arguments of the run that wrote it'
         raise ValueError('\n  '.join([what, *bad[:8], end]))
 
+def _check_values(state, source):
+    "Raise where a tensor holds anything but finite numbers with a point."
+    bad = [k for k, v in state.items() if not (v.is_floating_point() and v.isfinite().all())]
+    if not bad: return
+    raise ValueError(f'{source}: {bad[0]} holds values that are no finite numbers ({len(bad)} such tensors): '
+                     'take the original, or an earlier checkpoint')
+
 def load_weights(
     model:Detector, # its weights are replaced
     state:dict, # {our name: Tensor}
@@ -77,6 +84,7 @@ def load_weights(
 )->Detector: # `model`
     "Copy `state` into `model`; an error lists what does not fit."
     _check_fit(model, state, source)
+    _check_values(state, source)
     model.load_state_dict(state)
     return model
 
@@ -111,8 +119,8 @@ def check_meta(
     ids = meta.get('category_ids', [])
     if len(set(ids)) < len(ids): raise ValueError(f'category_ids={short(ids)} hold a number twice')
     for key in ('short_side', 'long_side'):
-        if not _fits(meta.get(key, 1), int, 1):
-            raise ValueError(f'{key}={short(meta[key])} must be a number of px')
+        if not _fits(meta.get(key, 1), int, 1) or meta.get(key, 1) > 2**14:
+            raise ValueError(f'{key}={short(meta[key])} must be a number of px, 16,384 at most')
 
 # %% ../nbs/52_weights.ipynb #e2789ce5
 def describe(

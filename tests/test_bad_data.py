@@ -340,3 +340,12 @@ def test_nothing_to_train_on(write):
 def test_uneven_batch(write):
     with pytest.raises(ValueError, match='6 images does not divide among 4 processes with 2 parts each: .* multiple of 8'):
         train_loader(write(document()), batch_size=6, processes=4, accumulation=2)
+
+
+@pytest.mark.parametrize('key, value', [('bbox', [.1, .1, .4, .4]), ('area', 0), ('iscrowd', 1), ('ignore', 1)])
+def test_nothing_to_learn(write, key, value):
+    "Boxes from 0 to 1 in place of pixels, and whatever else leaves no object, are told before training."
+    def change(doc):
+        for o in doc['annotations']: o[key] = value
+    with pytest.raises(ValueError, match=r'a\.json: has no object to train on: .*: are the boxes \[x, y, width, height\] in px\?'):
+        training_images(write(edited(change)))

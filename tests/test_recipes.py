@@ -11,7 +11,7 @@ import pytest
 
 from scratchdet.recipes import (Recipe, RunSettings, apply_settings, detector_arguments, load_recipe, recipe_differences,
                                 recipe_schedule, recipes, save_recipe, times)
-from scratchdet.schedule import Schedule, check_lr, scaled_lr, split_batch
+from scratchdet.schedule import Schedule, check_lr, scaled_lr, split_batch, tail_schedule
 
 root = Path(__file__).resolve().parents[1]
 runs = sorted(o for o in (root/'recipes').glob('*.sh') if o.name != 'slurm.sh')
@@ -168,3 +168,16 @@ def test_a_recipe_is_written_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, 'replace', dies)
     with pytest.raises(KeyboardInterrupt): save_recipe(recipes['coco_mini'], file)
     assert load_recipe(file) == recipes['demo']
+
+
+@pytest.mark.parametrize('words', ['iterations=100', 'iterations=60000', 'iterations=1000 tail=1000,500'])
+def test_a_tail_as_long_as_the_run_is_refused(words):
+    "Every step would have the lr of the end."
+    with pytest.raises(ValueError, match=r'tail=.* must be less than iterations='):
+        apply_settings(recipes['mask_rcnn_r50_fpn_gn_scratch_6x'], ['epochs=0', 'milestones=', *words.split()])
+    assert apply_settings(recipes['mask_rcnn_r50_fpn_gn_scratch_6x'], ['epochs=0', 'milestones=', 'iterations=100', 'tail=60,20']).iterations == 100
+
+
+@pytest.mark.parametrize('iterations, batch, tail', [(1, 64, ()), (2, 64, (1,)), (100, 16, (100,))])
+def test_a_schedule_has_steps_at_the_full_lr(iterations, batch, tail):
+    with pytest.raises(ValueError, match='none at the full lr: train longer'): tail_schedule(iterations, batch, tail, lr=.02)

@@ -353,3 +353,51 @@ def test_a_log_that_was_cut_in_a_line(toy, tmp_path, monkeypatch):
     (out/'log.jsonl').write_text(lines + lines.splitlines()[0].replace('"step": 1,', '"step": 4,') + '\n{"step": 5, "ep')
     train(tiny, toy, out, progress=False)
     assert [json.loads(o)['step'] for o in (out/'log.jsonl').read_text().splitlines()] == list(range(1, 9))
+
+
+def test_copies_with_names_of_their_own_stay(tmp_path):
+    "What the user put beside the checkpoints is neither used, nor deleted, nor in the way."
+    model = mask_rcnn(num_classes=2, blocks=(1, 1, 1, 1), width=8, channels=16, fc=16, groups=4)
+    optimizer = sgd(model, .02)
+    for step in (1, 2): save_checkpoint(tmp_path, model, optimizer, dict(step=step), keep=2)
+    for name in ('step_00000002_good', 'step_old', 'step_00000009.tar'): shutil.copytree(tmp_path/'step_00000002', tmp_path/name)
+    for step in (3, 4, 5): save_checkpoint(tmp_path, model, optimizer, dict(step=step), keep=2)
+    assert [o.name for o in checkpoints(tmp_path)] == ['step_00000004', 'step_00000005']
+    assert find_checkpoint(tmp_path).name == 'step_00000005'
+    assert (tmp_path/'step_00000002_good/manifest.json').exists() and (tmp_path/'step_old').exists()
+
+
+@pytest.mark.parametrize('state, words', [({'step': 99}, 'its step is 99'), ({}, 'its step is None'), ({'step': '1'}, "its step is '1'"),
+                                          ([1], 'its step is'), ('{', 'cannot be read'), ('[' * 10**5, 'cannot be read')])
+def test_a_state_of_another_step_is_passed_over(tmp_path, state, words):
+    "Also where the manifest lists just this state: a renamed folder, an edited one."
+    model = mask_rcnn(num_classes=2, blocks=(1, 1, 1, 1), width=8, channels=16, fc=16, groups=4)
+    for step in (1, 2): path = save_checkpoint(tmp_path, model, sgd(model, .02), dict(step=step))
+    (path/'state.json').write_text(state if isinstance(state, str) else json.dumps(state))
+    listed = json.loads((path/'manifest.json').read_text())
+    (path/'manifest.json').write_text(json.dumps({**listed, 'state.json': writer._digest(path/'state.json')}))
+    with pytest.raises(ValueError, match=re.escape(words)): verify_checkpoint(path)
+    with pytest.warns(UserWarning, match='using step_00000001 instead'): assert find_checkpoint(tmp_path).name == 'step_00000001'
+
+
+def test_a_closed_terminal_asks_for_a_checkpoint_unless_nohup():
+    from scratchdet.watch import StopSignals
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.number == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == 0
+    finally: signal.signal(signal.SIGHUP, before)
+
+
+def test_sigterm_does_not_cut_short_what_an_error_says():
+    from scratchdet.watch import StopSignals
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(RuntimeError), StopSignals() as stop: raise RuntimeError
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM and signal.getsignal(signal.SIGINT) == before[1]
+    finally: signal.signal(signal.SIGTERM, before[0])

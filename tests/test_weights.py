@@ -2,12 +2,14 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from scratchdet import weights
@@ -189,3 +191,23 @@ def test_all_arguments_of_a_model_come_back():
         again = restore(json.loads(json.dumps(model.arguments)), model.state_dict())
         assert (again.finding, again.sampling, again.fixed_mask_rois) == (model.finding, model.sampling, 7)
         assert torch.equal(again.pixel_mean, model.pixel_mean) and {k: getattr(again.rpn, k) for k in rpn} == rpn
+
+
+@pytest.mark.parametrize('change', [lambda v: v * float('nan'), lambda v: v + float('inf'), lambda v: v.int()])
+def test_values_that_are_no_numbers(tmp_path, change):
+    "Weights of a run that diverged, or of another type, are not used in silence."
+    path, model = tmp_path/'m.safetensors', mask_rcnn(**ARGS)
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    name = sorted(state)[3]
+    save_file({**state, name: change(state[name])}, path, read_metadata(save_model(tmp_path/'good.safetensors', model)))
+    with pytest.raises(ValueError, match=rf'm\.safetensors: {re.escape(name)} holds values that are no finite numbers'): load_model(path)
+
+
+def read_metadata(path):
+    with safe_open(path, 'pt') as f: return f.metadata()
+
+
+def test_sizes_that_no_machine_holds(tmp_path):
+    with pytest.raises(ValueError, match='max_dets=2147483647 must be from 1 to 10,000'): mask_rcnn(**ARGS, max_dets=2**31 - 1)
+    with pytest.raises(ValueError, match='short_side=200000 must be a number of px, 16,384 at most'):
+        save_model(tmp_path/'m.safetensors', mask_rcnn(**ARGS), dict(short_side=200_000))
