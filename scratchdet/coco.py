@@ -266,7 +266,7 @@ def _check_trained(index):
     status = index.arrays['status']
     if (status == trained).any(): return
     odd = f'{(status == ignored).sum()} are crowds or have no shape, {(status == skipped).sum()} are skipped'
-    raise _wrong(index.json_path, f'has no object to train on: {odd} (area 0, beside the image, under a pixel)',
+    raise _wrong(index.json_path, f'has no object to train on: {odd} (area 0, outside, under a pixel)',
                  'are the boxes [x, y, width, height] in px?')
 
 def training_images(

@@ -42,8 +42,7 @@ class Detector(nn.Module):
         fixed_mask_rois:int=None, # RoIs of an image for the mask head in training; None takes the positives
     ):
         super().__init__()
-        if num_classes < 1: raise ValueError(f'num_classes={num_classes} must be 1 or more')
-        if not 0 < max_dets <= 10_000: raise ValueError(f'max_dets={max_dets} must be from 1 to 10,000')
+        _check_counts(num_classes=num_classes, max_dets=max_dets)
         self.backbone, self.fpn, self.rpn, self.num_classes = backbone, fpn, rpn, num_classes
         self.box_head, self.mask_head, self.fixed_mask_rois = box_head, mask_head, fixed_mask_rois
         self.sampling = dict(
@@ -54,6 +53,11 @@ class Detector(nn.Module):
             self.register_buffer(name, torch.tensor(o, dtype=torch.float32)[:, None, None], persistent=False)
 
 # %% ../nbs/50_detector.ipynb #2781dd7b
+def _check_counts(**counts):
+    "Numbers that no machine holds come from damaged or hostile files."
+    for name, o in counts.items():
+        if not 1 <= o <= 10_000: raise ValueError(f'{name}={o} must be from 1 to 10,000')
+
 def _remember(build):
     "`build`, with its name and arguments kept as `model.arguments`."
     @wraps(build)

@@ -89,8 +89,8 @@ def tail_schedule(
     def scale(n): return round(n * BASE_BATCH / batch_size)
     steps = scale(iterations)
     if steps <= scale(max(tail, default=0)):
-        raise ValueError(f'{iterations} iterations of {BASE_BATCH} images are {steps} steps of {batch_size}, of '
-                         f'which tail={tuple(tail)} leaves none at the full lr: train longer, or shorten the tail')
+        raise ValueError(f'{iterations} iterations are {steps} steps of {batch_size} images; '
+                         f'tail={tuple(tail)} leaves none at the full lr: train longer, or shorten the tail')
     return Schedule(lr=lr, steps=steps, milestones=tuple(steps - scale(o) for o in tail), **kwargs)
 
 # %% ../nbs/60_schedule.ipynb #2bf1e8c5
