@@ -18,7 +18,11 @@ from .mask_head import MaskHead, mask_loss, mask_targets, paste_masks
 from .matcher import image_keys
 from .resnet import ResNet
 from .roi_align import boxes_to_rois, roi_align
+from .roi_triton import use_triton
 from .rpn import RPN, Proposals, RPNHead
+
+# %% ../nbs/50_detector.ipynb #d8e36bb9
+use_triton();
 
 # %% ../nbs/50_detector.ipynb #5acabc7d
 class Detector(nn.Module):
@@ -39,7 +43,7 @@ class Detector(nn.Module):
         score_thresh:float=.05, # detections score more
         nms_thresh:float=.5, # IoU above which the lower score of one class goes
         max_dets:int=100, # D, detections of an image at most
-        fixed_mask_rois:int=None, # RoIs of an image for the mask head in training; None takes the positives
+        fixed_mask_rois:int=None, # RoIs of an image for the mask head in training; None takes what holds all positives
     ):
         super().__init__()
         _check_counts(num_classes=num_classes, max_dets=max_dets)
@@ -127,7 +131,9 @@ def normalize(self:Detector,
     x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
     h, w = (torch.arange(n, device=images.device) for n in images.shape[-2:])
     inside = (h < sizes[:, :1])[:, :, None] & (w < sizes[:, 1:])[:, None]  # (N, H, W)
-    return (x * inside[:, None]).contiguous()  # the loader gives channels_last, which is slower here
+    # the loader gives channels_last, which a GPU wants and a CPU is slower with
+    layout = torch.channels_last if x.is_cuda else torch.contiguous_format
+    return (x * inside[:, None]).contiguous(memory_format=layout)
 
 # %% ../nbs/50_detector.ipynb #6524edde
 def _full(x:Tensor): return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -148,10 +154,11 @@ def box_loss_sums(self:Detector,
 def mask_slots(self:Detector,
     rois:SampledRoIs, # (N, S) RoIs
 )->Tensor: # (K',) indices into the N*S RoIs
-    "The RoIs that the mask head sees: all positives, or the first `fixed_mask_rois` of each image."
-    if self.fixed_mask_rois is None: return rois.positive.flatten().nonzero()[:, 0]
-    n, s = rois.labels.shape
-    first = torch.arange(min(self.fixed_mask_rois, s), device=rois.labels.device)
+    "The RoIs that the mask head sees: all positives, or the first slots of each image."
+    (n, s), most = rois.labels.shape, self.fixed_mask_rois
+    if most is None and not rois.positive.is_cuda: return rois.positive.flatten().nonzero()[:, 0]
+    if most is None: most = int(self.sampling['batch_size_per_image'] * self.sampling['positive_fraction'])
+    first = torch.arange(min(most, s), device=rois.labels.device)
     return (torch.arange(n, device=first.device)[:, None] * s + first).flatten()
 
 # %% ../nbs/50_detector.ipynb #5118013f

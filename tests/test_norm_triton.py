@@ -1,24 +1,14 @@
-"""The Triton kernels of GroupNorm: in Triton's interpreter, compiled for a Hopper chip, and on a GPU where there is one.
-
-The interpreter is chosen before Triton is imported: `test_in_the_interpreter` runs this file again in a new process."""
+"The Triton kernels of GroupNorm: in Triton's interpreter, compiled for a Hopper chip, and on a GPU where there is one."
 import itertools
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from kernels import compiled, gpu, inside, layouts, on_the_cpu, outside, run_in_the_interpreter
 from scratchdet import norm_triton
 from scratchdet.norm import _group_norm, _group_norm_backward, group_norm
-from scratchdet.norm_triton import Split, split_map, triton_group_norm, triton_group_norm_backward, use_triton
+from scratchdet.norm_triton import Split, split_map, triton_group_norm, triton_group_norm_backward
 
-triton = pytest.importorskip('triton')
-interpreted = os.environ.get('TRITON_INTERPRET') == '1'
-inside = pytest.mark.skipif(not interpreted, reason='run by test_in_the_interpreter')
-outside = pytest.mark.skipif(interpreted, reason='needs the compiler')
-gpu = pytest.mark.skipif(interpreted or not torch.cuda.is_available(), reason='needs a GPU')
-layouts = torch.contiguous_format, torch.channels_last
 plain, plain_backward = _group_norm._init_fn, _group_norm_backward._init_fn
 
 
@@ -139,12 +129,8 @@ def test_any_strides(make):
 
 
 @pytest.fixture
-def kernels_on_cpu(monkeypatch):
-    "The kernels in place of the CPU's bodies."
-    saved = [(op, op._backend_fns['cpu']) for op in (_group_norm, _group_norm_backward)]
-    norm_triton._register('cpu')
-    yield
-    for op, body in saved: op.register_kernel('cpu')(body)
+def kernels_on_cpu():
+    with on_the_cpu(norm_triton._register, _group_norm, _group_norm_backward): yield
 
 
 @inside
@@ -190,30 +176,7 @@ def test_no_image_and_float64_have_the_plain_body(kernels_on_cpu):
 
 
 @outside
-def test_in_the_interpreter():
-    env = os.environ | {'TRITON_INTERPRET': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__], env=env, text=True,
-                         capture_output=True)
-    found = re.search(r'(\d+) passed', run.stdout)
-    assert run.returncode == 0 and found and int(found[1]) >= 20, run.stdout + run.stderr
-
-
-@outside
-def test_without_triton_nothing_changes():
-    code = ('import sys; sys.modules["triton"] = None; import torch; from scratchdet import norm, norm_triton; '
-            'assert norm_triton.use_triton() is False and "cuda" not in norm._group_norm._backend_fns; '
-            'assert norm_triton.split_map(64, 9, 32, True).whole; '
-            'print(norm.group_norm(torch.ones(1, 64, 3, 3), torch.ones(64), torch.ones(64)).mean().item())')
-    run = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True)
-    assert run.stdout == '1.0\n', run.stderr
-
-
-@outside
-def test_asking_twice_is_asking_once():
-    assert use_triton() and use_triton()
-    assert 'cuda' in _group_norm._backend_fns and 'cuda' in _group_norm_backward._backend_fns
-    x = torch.randn(2, 64, 3, 3, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(group_norm(x, torch.ones(64), torch.zeros(64)), torch.nn.functional.group_norm(x, 32))
+def test_in_the_interpreter(): assert run_in_the_interpreter(__file__) >= 20
 
 
 def test_every_cut_covers_the_map_with_few_programs():
@@ -229,24 +192,8 @@ def test_every_cut_covers_the_map_with_few_programs():
     assert looked == 128
 
 
-def compiled(kernel, tmp_path, dtype, constants):
-    "PTX of `kernel` for compute capability 9.0, and the registers and memory a thread uses; no GPU is needed."
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    wide = dict.fromkeys('weight bias mean rstd moments sums shift scale'.split(), '*fp32')
-    narrow = dict.fromkeys('x y dy dx masked residual'.split(), '*' + dtype)
-    types = wide | narrow | {'eps': 'fp32'} | dict.fromkeys(constants, 'constexpr')
-    signature = {o: types.get(o, 'i32') for o in kernel.arg_names}
-    even = {(i,): [['tt.divisibility', 16]] for i, (k, t) in enumerate(signature.items())
-            if t[0] == '*' or k in ('C', 'HW', 'pixels')}
-    constants = {k: v for k, v in constants.items() if k in signature}
-    signature = {k: v for k, v in signature.items() if v != 'constexpr' or k in constants}
-    asm = triton.compile(ASTSource(kernel, signature, constants, even), target=GPUTarget('cuda', 90, 32),
-                         options=norm_triton._options).asm
-    (tmp_path/'kernel').write_bytes(asm['cubin'])
-    dump = subprocess.run([triton.knobs.nvidia.cuobjdump.path, '-res-usage', tmp_path/'kernel'], text=True,
-                          capture_output=True)
-    return asm['ptx'], {k: int(v) for k, v in re.findall(r'(REG|STACK|LOCAL):(\d+)', dump.stdout)}
+wide = dict.fromkeys('weight bias mean rstd moments sums shift scale'.split(), '*fp32')
+types = wide | dict.fromkeys('x y dy dx masked residual'.split(), '*bf16') | {'eps': 'fp32'}
 
 
 @outside
@@ -263,7 +210,8 @@ def test_a_hopper_chip_reads_16_bytes_at_a_time_and_spills_nothing(tile, tmp_pat
             ('_combine', 0, dict(PARTS=4096)), ('_means', 0, dict(PARTS=4096))]
     looked = 0
     for name, read, constants in work:
-        ptx, uses = compiled(getattr(norm_triton, name), tmp_path, 'bf16', constants)
+        ptx, uses = compiled(getattr(norm_triton, name), tmp_path, types, constants, ('C', 'HW', 'pixels'),
+                             **norm_triton._options)
         assert 16 <= uses['REG'] <= 128 and uses['STACK'] == uses['LOCAL'] == 0, (name, uses)  # 512 threads at once
         accesses = re.findall(r'(?:ld|st)\.global\S*', ptx)
         # 8192 values of each map: 256 threads, 8 values of 2 bytes at a time
@@ -276,7 +224,7 @@ def test_a_hopper_chip_reads_16_bytes_at_a_time_and_spills_nothing(tile, tmp_pat
 @gpu
 @pytest.mark.parametrize('dtype, unit', [(torch.float32, 0), (torch.float16, 2**-9), (torch.bfloat16, 2**-7)])
 def test_on_a_gpu_the_kernels_equal_the_plain_bodies(dtype, unit):
-    assert use_triton()
+    norm_triton._register('cuda')
     large = [((1, 64, 400, 672), 32), ((2, 256, 200, 336), 32), ((1, 2048, 25, 42), 32),
              ((64, 256, 14, 14), 32), ((256, 256, 7, 7), 32)]
     looked = 0
@@ -294,7 +242,7 @@ def test_on_a_gpu_the_kernels_equal_the_plain_bodies(dtype, unit):
 @gpu
 @pytest.mark.parametrize('layout', layouts)
 def test_on_a_gpu_a_step_is_captured_as_a_cuda_graph(layout):
-    assert use_triton()
+    norm_triton._register('cuda')
     x, residual, weight, bias, dy = maps((2, 64, 33, 21), torch.bfloat16, layout, device='cuda')
     leaves = [o.requires_grad_() for o in (x, weight, bias, residual)]
     step = lambda: torch.autograd.grad(group_norm(*leaves[:3], residual=leaves[3], relu=True), leaves, dy)
