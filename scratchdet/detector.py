@@ -43,7 +43,7 @@ class Detector(nn.Module):
         score_thresh:float=.05, # detections score more
         nms_thresh:float=.5, # IoU above which the lower score of one class goes
         max_dets:int=100, # D, detections of an image at most
-        fixed_mask_rois:int=None, # RoIs of an image for the mask head in training; None takes what holds all positives
+        fixed_mask_rois:int=None, # RoIs of an image for the mask head in training; None: all positives
     ):
         super().__init__()
         _check_counts(num_classes=num_classes, max_dets=max_dets)

@@ -101,7 +101,8 @@ def triton_nms_keep(
     order, ends = nms_segments(scores, groups, valid)
     boxes = boxes.float().gather(1, order[..., None].expand(-1, -1, 4))
     keep = torch.zeros((n, p), dtype=torch.int8, device=boxes.device)
-    _segments[n, -(-p // block)](boxes, ends, keep, p, _below(thresh), block, num_warps=16, enable_fp_fusion=False)
+    _segments[n, -(-p // block)](boxes, ends, keep, p, _below(thresh), block,
+                                 num_warps=16, enable_fp_fusion=False)
     return torch.zeros_like(valid).scatter(1, order, keep.bool())
 
 # %% ../nbs/33_nms_triton.ipynb #8c195fd2

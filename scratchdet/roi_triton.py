@@ -94,8 +94,9 @@ def _plan(features, strides, rois):
     "What both kernels are told of the maps, and what gives a tensor the layout of the first."
     layout = _format(features[0])
     heights, widths = (tuple(x.shape[i] for x in features) for i in (2, 3))
-    told = dict(heights=heights, widths=widths, strides=tuple(map(float, strides)), rois=rois.float().contiguous(),
-                C=features[0].shape[1], LAST=layout == torch.channels_last, num_warps=4)
+    told = dict(heights=heights, widths=widths, strides=tuple(map(float, strides)),
+                rois=rois.float().contiguous(), C=features[0].shape[1],
+                LAST=layout == torch.channels_last, num_warps=4)
     return told, lambda x: x.contiguous(memory_format=layout)
 
 # %% ../nbs/45_roi_triton.ipynb #c7e7f54f
@@ -112,7 +113,8 @@ def triton_roi_align(
     out = x.new_empty((k, c, resolution, resolution)).contiguous(memory_format=_format(x))
     cols = min(_power(c), 256)
     if k: _pool[k, resolution, -(-c // cols)](
-        tuple(map(dense, features)), out=out, bins=resolution, ratio=sampling_ratio, CELLS=16, COLS=cols, **told)
+        tuple(map(dense, features)), out=out, bins=resolution, ratio=sampling_ratio,
+        CELLS=16, COLS=cols, **told)
     return out
 
 # %% ../nbs/45_roi_triton.ipynb #c6d87392
@@ -132,7 +134,8 @@ def _bins(first, last, lo, step, bins):
     "First and last bin with a point less than one cell away from the cells `first` to `last`."
     a, b = tl.floor((first - 1 - lo) / step), tl.floor((last + 1 - lo) / step)
     a, b = tl.where(step > 0, a, 0.), tl.where(step > 0, b, bins - 1.)
-    return tl.minimum(tl.maximum(a, 0.), bins).to(tl.int32), tl.minimum(tl.maximum(b, -1.), bins - 1.).to(tl.int32)
+    a, b = tl.minimum(tl.maximum(a, 0.), bins), tl.minimum(tl.maximum(b, -1.), bins - 1.)
+    return a.to(tl.int32), b.to(tl.int32)
 
 # %% ../nbs/45_roi_triton.ipynb #fd6ec2f2
 @_jit
@@ -167,7 +170,8 @@ def _spread(grads, heights, widths, strides, firsts, rois, dy, K, C, bins, ratio
         touches = _touches(rois, k, K, image, level, top, left, strides, bins, ratio, SIDE)
         one = tl.min(tl.where(touches, k, K))
         while one < K:
-            total = _gather(total, rois, one, dy, i, j, c, top, left, h, w, strides, C, bins, ratio, SIDE, LAST)
+            total = _gather(total, rois, one, dy, i, j, c, top, left, h, w, strides, C, bins, ratio,
+                            SIDE, LAST)
             one = tl.min(tl.where(touches & (k > one), k, K))
     dx, inside = _pick(grads, level) + image.to(tl.int64) * C * h * w, (i < h) & (j < w) & (c < C)
     tl.store(dx + _place(i, j, c, h, w, C, LAST), total.to(dx.dtype.element_ty), inside)
@@ -234,7 +238,8 @@ def triton_mask_targets(
     out = rois.new_empty((len(rois), size, size), dtype=torch.float32)
     (_, m, height, width), rois = masks.shape, rois.float().contiguous()
     if len(rois): _mask_rows[len(rois), size](
-        masks.contiguous(), rois, matched.contiguous(), out, m, height, width, size, _power(size), num_warps=1)
+        masks.contiguous(), rois, matched.contiguous(), out, m, height, width, size, _power(size),
+        num_warps=1)
     return out
 
 # %% ../nbs/45_roi_triton.ipynb #25f51bd9

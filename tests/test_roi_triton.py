@@ -79,7 +79,7 @@ def test_narrow_types_are_rounded_once(dtype, unit):
 @inside
 @pytest.mark.parametrize('bins, ratio', [(1, 1), (3, 2), (7, 0)])
 def test_bins_and_points(bins, ratio):
-    compare_both(maps(c=2), odd[[0, 7, 11]] if bins == 7 else upright[[0, 2, 7, 9, 11]], bins, ratio)
+    compare_both(maps(c=2), odd[[0, 7]] if bins == 7 else upright[[0, 2, 7, 9, 11]], bins, ratio)
 
 
 @inside
@@ -95,7 +95,7 @@ def test_any_number_of_levels(levels):
 @inside
 def test_many_channels_and_a_list_in_blocks(monkeypatch):
     "More channels than a tile has; RoIs of a tile in several blocks of the search."
-    rois = torch.cat([boxes(40, (24, 24), 2), torch.tensor([[1., 2, 3, 9, 11]])])
+    rois = torch.cat([boxes(20, (24, 24), 2), torch.tensor([[1., 2, 3, 9, 11]])])
     monkeypatch.setattr(roi_triton, '_search', 8)
     compare_both(maps(c=3, size=(24, 24)), rois, 1)
     compare_both(maps(c=260, size=(16, 16), n=1), rois[-1:] * torch.tensor([0, 1, 1, 1, 1]), 2)
@@ -120,7 +120,7 @@ def test_nothing_to_pool_and_images_without_rois():
 
 @inside
 def test_bits_depend_neither_on_the_batch_nor_on_the_run():
-    features, rois = maps(), boxes(6, (48, 64), 2)
+    features, rois = maps(size=(32, 32)), boxes(4, (32, 32), 2)
     out = triton_roi_align(features, rois, 2, strides)
     first, second = (triton_roi_align_backward(out, features, rois, strides) for _ in range(2))
     assert torch.equal(out, triton_roi_align(features, rois, 2, strides)) and all(map(torch.equal, first, second))
@@ -158,12 +158,10 @@ def shares(masks, rois, matched, size):
 
 
 @inside
-@pytest.mark.parametrize('size', [7, 28])
-def test_mask_targets(size):
+def test_mask_targets(size=14):
     "Equal, but where the share of the mask is one half to the last digits."
-    masks, rois = discs(), torch.cat([odd[[0, 1, 3, 5, 7, 9]], boxes(8, (40, 53), 2)])
-    matched = torch.randint(-2, 3, (len(rois),), generator=torch.Generator().manual_seed(4))
-    matched[6] = 1
+    masks, rois = discs(), torch.cat([odd[[0, 1, 3, 5, 7, 9, 8]], boxes(4, (30, 30), 2)])
+    matched = torch.arange(len(rois)) % 4 - 1
     mine, theirs = (f(masks, rois, matched, size) for f in (triton_mask_targets, _mask_targets))
     far = (shares(masks, rois, matched, size) - .5).abs() > 1e-4
     assert mine.dtype == torch.float32 and far.float().mean() > .98 and torch.equal(mine[far], theirs[far])
@@ -176,9 +174,8 @@ def kernels_on_cpu():
 
 
 @inside
-@pytest.mark.parametrize('layout', layouts)
-def test_opcheck(layout, kernels_on_cpu):
-    features = [x.requires_grad_() for x in maps(torch.bfloat16, layout, c=2, size=(16, 16), n=1)]
+def test_opcheck(kernels_on_cpu):
+    features = [x.requires_grad_() for x in maps(torch.bfloat16, c=2, size=(16, 16), n=1)]
     rois = torch.tensor([[0., 3, 2, 12, 9]])
     torch.library.opcheck(_roi_align, (features, rois, 2, strides, 0))
     torch.library.opcheck(_mask_targets, (discs(1), rois, torch.tensor([1]), 7))
@@ -200,7 +197,7 @@ def test_autograd_capture_and_plain_bodies(kernels_on_cpu):
 
 
 @outside
-def test_in_the_interpreter(): assert run_in_the_interpreter(__file__) >= 18
+def test_in_the_interpreter(): assert run_in_the_interpreter(__file__) >= 17
 
 
 @outside
