@@ -14,7 +14,7 @@ def parse_args(
 )->argparse.Namespace: # weights, coco, split, out and the rest
     "The command line of `python -m scratchdet.evaluate`."
     p = argparse.ArgumentParser(prog='python -m scratchdet.evaluate', description='COCO AP of a detector.')
-    p.add_argument('--weights', required=True, metavar='FILE', help='model.safetensors of a run')
+    p.add_argument('--weights', required=True, metavar='FILE', help='or folder of a run, or hf://USER/NAME')
     p.add_argument('--coco', required=True, metavar='DIR', help='with val2017/ and annotations/')
     p.add_argument('--split', default='val', metavar='NAME', help='train or val (default: val)')
     p.add_argument('--out', metavar='DIR', help='for detections.json and results.json (default: not written)')
@@ -54,6 +54,7 @@ from .loader import eval_loader
 from .mask_head import mask_rles
 from .detector import scale_detections
 from .weights import load_model, write_file
+from .hub import weights_file
 from .watch import MainFailed, by_main, lost_process
 
 # %% ../nbs/63_evaluate.ipynb #68a33f4a
@@ -274,7 +275,7 @@ def main(
     accelerator = Accelerator(cpu=args.cpu)
     silent = args.quiet or not accelerator.is_main_process
     try:
-        model, split = load_model(args.weights), coco_split(args.coco, args.split)
+        model, split = load_model(weights_file(args.weights)), coco_split(args.coco, args.split)
         by_main(lambda: len(load_index(*split)), accelerator)
         index = load_index(*split)
         check_categories(model, index, args.weights)

@@ -15,7 +15,7 @@ def parse_args(
     "The command line of `python -m scratchdet.predict`."
     p = argparse.ArgumentParser(prog='python -m scratchdet.predict', description='Find objects in images.')
     p.add_argument('images', nargs='*', help='image files, and folders of them')
-    p.add_argument('--weights', required=True, metavar='FILE', help='model.safetensors of a run')
+    p.add_argument('--weights', required=True, metavar='FILE', help='or folder of a run, or hf://USER/NAME')
     p.add_argument('--out', required=True, metavar='DIR', help='for the pictures and predictions.json')
     p.add_argument('--coco', metavar='DIR', help='images and objects in COCO layout, drawn beside what '
                    'is found (default: none, the images given)')
@@ -23,9 +23,9 @@ def parse_args(
     p.add_argument('--count', type=int, default=8, metavar='N', help='images of --coco (default: 8)')
     p.add_argument('--score', type=float, default=.5, metavar='S',
                    help='least score of a detection, 0 to 1 (default: 0.5)')
-    p.add_argument('--short', type=int, metavar='PX',
-                   help='short side of the images, px (default: as trained, else 800)')
-    p.add_argument('--long', type=int, metavar='PX', help='longest side, px (default: as trained, else 1333)')
+    for name, px in dict(short=800, long=1333).items():
+        p.add_argument(f'--{name}', type=int, metavar='PX',
+                       help=f'{name} side of the images, px (default: as trained, else {px})')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     args = p.parse_args(argv)
@@ -49,6 +49,7 @@ from .transforms import read_image, resize_image, resized_size
 from .loader import Sample, bucket_edges, bucket_shape, collate
 from .detector import Detector, scale_detections
 from .weights import load_model, write_file
+from .hub import weights_file
 from .evaluate import check_categories, detections_to_coco, eval_scale
 
 # %% ../nbs/65_predict.ipynb #50181271
@@ -210,7 +211,7 @@ def main(
     "What `python -m scratchdet.predict` does."
     try:
         device = 'cuda' if torch.cuda.is_available() and not args.cpu else 'cpu'
-        model = load_model(args.weights).to(device)
+        model = load_model(weights_file(args.weights)).to(device)
         short, long = eval_scale(model.meta, args.short, args.long)
         scale = dict(short=short, long=long, score=args.score)
         Path(args.out).mkdir(parents=True, exist_ok=True)
