@@ -96,7 +96,7 @@ def side_by_side(
     found = {k: torch.as_tensor(prediction[k])[keep] for k in ('boxes', 'labels', 'scores', 'masks')
              if k in prediction}
     h, w = to_picture(image).shape[:2]
-    fig, axs = plt.subplots(1, 2, figsize=(6.6, 3.3 * h / w + .6), layout='constrained')
+    fig, axs = plt.subplots(1, 2, figsize=(8, 4 * h / w + .6), layout='constrained')
     draw(image, target['boxes'], target['labels'], masks=target.get('masks'), names=names, title='target',
          ax=axs[0])
     draw(image, **found, names=names, title=f'prediction, score at least {score_thresh}', ax=axs[1])
