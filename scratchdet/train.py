@@ -32,7 +32,7 @@ def parse_args(
 if __name__ == '__main__' and __spec__: args = parse_args()
 
 # %% ../nbs/64_train.ipynb #ecb58f41
-import fcntl, json, resource, sys, time
+import errno, fcntl, json, os, resource, socket, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -55,7 +55,7 @@ from .init import init_detector
 from .weights import save_model, sync
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
 from .watch import MainFailed, StopSignals, Watch, by_main, lost_process
-from .track import Trackers, check_trackers, evaluations, read_evaluation
+from .track import Trackers, check_trackers, evaluations, read_evaluation, read_log
 from .schedule import check_lr, epoch_steps, split_batch
 from .optim import check_trainable, sgd, usable_precision
 from .recipes import (Recipe, detector_arguments, load_recipe, recipe_differences, recipe_schedule,
@@ -137,24 +137,24 @@ def claim_folder(
         raise ValueError(f'{file}: this folder holds a run with other settings; ' + '; '.join(differences) +
                          '. Give another --out, or the settings of the run')
     (out/'eval').mkdir(parents=True, exist_ok=True)
-    lock = (out/'lock').open('w')
+    (out/'checkpoints').mkdir(exist_ok=True)
+    lock = (out/'lock').open('a+')
     try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f'{out}: another run is at work in this folder. Wait for its end, or give another '
-                         '--out') from None
+        lock.seek(0)
+        raise ValueError(f'{out}: another run is at work in this folder ({lock.read()}). Wait for its '
+                         'end, or give another --out') from None
+    lock.truncate(0)
+    print(f'process {os.getpid()} on {socket.gethostname()}', file=lock, end='', flush=True)
     save_recipe(recipe, file)
     return lock
 
 # %% ../nbs/64_train.ipynb #fa425181
 def _cut_log(file, step):
     "Drop what a resumed run will write again, and a line that a kill left unfinished."
-    lines = file.read_text().splitlines() if file.exists() else []
-    try: kept = [o for o in lines if o.endswith('}') and json.loads(o)['step'] <= step]
-    except (ValueError, KeyError) as e:
-        raise ValueError(f'{file} has a line that is none of a log ({e}): remove the line') from None
     new = file.with_suffix('.new')
-    new.write_text(''.join(o + '\n' for o in kept))
-    new.rename(file)
+    new.write_text(''.join(json.dumps(o) + '\n' for o in read_log(file) if o['step'] <= step))
+    new.replace(file)
 
 def _check_finite(values, names, ids, step, accelerator):
     "Raise at the first loss that is not finite in `values` (T, losses), of which the last row is `step`."
@@ -185,9 +185,9 @@ class Report:
     ):
         self.file, self.accelerator, main = Path(file), accelerator, accelerator.is_main_process
         if main: _cut_log(self.file, step)
-        precision = 'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'
-        self.bar = tqdm(total=steps, initial=step, desc=precision, unit='step', dynamic_ncols=True,
-                        disable=not (main and progress), mininterval=.5 if sys.stderr.isatty() else 30)
+        precision = accelerator.mixed_precision.replace('no', 'fp32')
+        self.bar = tqdm(total=steps, initial=step, desc=f'{precision} x {accelerator.num_processes}', unit='step',
+                        dynamic_ncols=True, disable=not (main and progress), mininterval=.5 if sys.stderr.isatty() else 30)
         self.restart()
 
     def restart(self):
@@ -242,12 +242,21 @@ def _data(coco, masks):
     if masks: _check_masks(images), _check_masks(val)
     return training_images(images), val
 
+def _refuse(recipe, coco, processes):
+    "Raise, in one process for all, where the batch, the lr or the data do not suit."
+    split_batch(recipe.batch_size, processes, recipe.images_per_process)
+    check_lr(recipe.lr, recipe.batch_size, recipe.allow_lr_mismatch)
+    recipe_schedule(recipe, len(_data(coco, recipe.masks)[0]))
+
 def _resume(run):
     "Steps done by the newest undamaged checkpoint, which is read into the run's model and optimizer."
     path = by_main(lambda: find_checkpoint(run.out/'checkpoints'), run.accelerator)
     if not path: return 0
     state = load_checkpoint(path, run.detector, run.optimizer)
-    if state['images'] != run.images.cache.stem:
+    if state['step'] > run.schedule.steps:
+        raise ValueError(f'{path}: it is of step {state["step"]}, and the recipe ends at step '
+                         f'{run.schedule.steps}. Use another --out, or the length that the run had')
+    if state.get('images') != run.images.cache.stem:
         raise ValueError(f'{path}: {run.images.json_path} has changed since it was written. '
                          'Put it back, or use another --out')
     return state['step']
@@ -266,7 +275,7 @@ class Run:
         precision = dict(fp32='no', bf16='bf16')[self.precision]
         patience = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * recipe.hang_timeout))
         a = self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
-        by_main(lambda: len(_data(coco, recipe.masks)), a)
+        by_main(lambda: _refuse(recipe, coco, a.num_processes), a)
         self.images, self.val = _data(coco, recipe.masks)
         self.schedule = recipe_schedule(recipe, len(self.images))
         self.epoch = epoch_steps(len(self.images), recipe.batch_size)
@@ -324,7 +333,7 @@ def draw_curves(
 )->Path: # the picture
     "Draw loss and AP of a run to `curves.png`."
     out = Path(out)
-    lines = [json.loads(o) for o in (out/'log.jsonl').read_text().splitlines()]
+    lines = read_log(out/'log.jsonl')
     tests = evaluations(out)
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     names = [k for k in lines[0] if k.startswith('loss')] if lines else []
@@ -437,7 +446,6 @@ def main(
     "Train as the command line says; the exit status of a stopped run is not 0."
     try:
         recipe = find_recipe(args.recipe, args.set)
-        check_lr(recipe.lr, recipe.batch_size, recipe.allow_lr_mismatch)
         results = train(recipe, args.coco, args.out, track=args.track, cpu=args.cpu, progress=not args.quiet)
     except torch.OutOfMemoryError as e:
         sys.exit(f'scratchdet.train: {str(e).split(". ")[0]}. Give --set images_per_process= a smaller '
@@ -446,7 +454,8 @@ def main(
     except (ValueError, OSError, FloatingPointError, RuntimeError, EOFError) as e:
         if lost := lost_process(e): sys.exit(f'scratchdet.train: {lost}; {_again(args)}')
         if isinstance(e, (RuntimeError, EOFError)): raise
-        sys.exit(f'scratchdet.train: {e}')
+        full = getattr(e, 'errno', 0) == errno.ENOSPC
+        sys.exit(f'scratchdet.train: {e}' + f'. Make room for {args.out}; {_again(args)}' * full)
     speaks = PartialState().is_main_process
     if not results: sys.exit(f'scratchdet.train: stopped by a signal; {_again(args)}' if speaks else 1)
     if speaks and not args.quiet: print(table(results))

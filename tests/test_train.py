@@ -1,6 +1,7 @@
 "Training: what must not depend on how the work is shared, and what ends a run early."
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -226,7 +227,7 @@ def test_a_damaged_log_is_named_and_a_damaged_evaluation_done_again(toy, tmp_pat
     file.write_text('')
     assert train(recipe, toy, tmp_path/'run', progress=False) == results == json.loads(file.read_text())
     with (tmp_path/'run/log.jsonl').open('a') as f: f.write('{no line}\n')
-    with pytest.raises(SystemExit, match='log.jsonl has a line that is none of a log'):
+    with pytest.raises(SystemExit, match=r'log.jsonl, line \d+, is none of a log: .\{no line\}'):
         main(parse_args(words(recipe, toy, tmp_path/'run')))
 
 
@@ -243,3 +244,37 @@ def test_objects_without_masks_are_told_before_the_first_step(split, toy, tmp_pa
     said = refusal(tiny, root, tmp_path/'run')
     assert file.name in said and f'annotation {number} has no segmentation' in said and 'without masks' in said
     assert not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('line', ['{"step": 1}', '{"step": null, "epoch": 0, "loss": 1}', '[' * 10**5, '\udcff', '[]'])
+def test_lines_that_are_none_of_a_log_are_named_at_the_start(toy, tmp_path, line):
+    run = tmp_path/'run'
+    train(replace(tiny, epochs=1), toy, run, cpu=True, progress=False)
+    (run/'log.jsonl').write_bytes(b'\n'.join([line.encode(errors='surrogateescape'), (run/'log.jsonl').read_bytes()]))
+    with pytest.raises(ValueError, match=r'log.jsonl, line 1, is none of a log: .* Remove the line'):
+        train(replace(tiny, epochs=1), toy, run, cpu=True, progress=False)
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(toy, tmp_path):
+    "An edited recipe.json must not give a run that never ends."
+    run = tmp_path/'run'
+    train(tiny, toy, run, cpu=True, progress=False)
+    (run/'recipe.json').unlink()
+    with pytest.raises(ValueError, match=r'step_00000008: it is of step 8, and the recipe ends at step 4. Use another --out'):
+        train(replace(tiny, epochs=1), toy, run, cpu=True, progress=False)
+
+
+def test_a_locked_folder_says_by_whom(toy, tmp_path):
+    run = Run(tiny, toy, tmp_path/'run', cpu=True)
+    code = f'from scratchdet.train import claim_folder; from scratchdet.recipes import load_recipe; claim_folder({str(tmp_path/"run")!r}, load_recipe({str(tmp_path/"run/recipe.json")!r}))'
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr
+    assert f'another run is at work in this folder (process {os.getpid()} on ' in said
+    run.lock.close()
+
+
+@pytest.mark.parametrize('text', ['5', '[1]', '{"a": 1}'])
+def test_an_evaluation_that_is_none_is_made_again(toy, tmp_path, text):
+    one = replace(tiny, epochs=1)
+    results = train(one, toy, tmp_path/'run', cpu=True, progress=False)
+    (tmp_path/'run/eval/step_00000004.json').write_text(text)
+    assert train(one, toy, tmp_path/'run', cpu=True, progress=False) == results
