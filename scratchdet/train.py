@@ -185,9 +185,9 @@ class Report:
     ):
         self.file, self.accelerator, main = Path(file), accelerator, accelerator.is_main_process
         if main: _cut_log(self.file, step)
-        precision = accelerator.mixed_precision.replace('no', 'fp32')
-        self.bar = tqdm(total=steps, initial=step, desc=f'{precision} x {accelerator.num_processes}', unit='step',
-                        dynamic_ncols=True, disable=not (main and progress), mininterval=.5 if sys.stderr.isatty() else 30)
+        how = f'{accelerator.mixed_precision.replace("no", "fp32")} x {accelerator.num_processes}'
+        self.bar = tqdm(total=steps, initial=step, desc=how, unit='step', dynamic_ncols=True,
+                        disable=not (main and progress), mininterval=.5 if sys.stderr.isatty() else 30)
         self.restart()
 
     def restart(self):
