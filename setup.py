@@ -1,11 +1,18 @@
 "Everything about the package stands in settings.ini; this file only hands it to setuptools."
+import re
 from configparser import ConfigParser
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
 config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
+git = f"{cfg['git_url']}/%s/{cfg['branch']}/"
+
+readme = Path('README.md').read_text(encoding='utf-8')  # links into the repository become addresses, for package indexes
+readme = re.sub(r'(\]\()(?!https?:|#)', r'\g<1>' + git % 'blob', readme)
+readme = re.sub(r'((?:src|srcset)=")(?!https?:)', r'\g<1>' + git % 'raw', readme)
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
@@ -16,5 +23,5 @@ setup(
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
                  *(f'Programming Language :: Python :: {o}' for o in ('3.10', '3.11', '3.12'))],
     entry_points={'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d']},
-    long_description=open('README.md', encoding='utf-8').read(), long_description_content_type='text/markdown',
+    long_description=readme, long_description_content_type='text/markdown',
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']}, zip_safe=False)
