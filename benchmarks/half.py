@@ -18,11 +18,11 @@ from train_step import kinds, with_weights
 sys.path.append(str(Path(__file__).parents[1] / 'tests'))
 
 
-def losses_and_gradient(model, losses, bf16):
+def losses_and_gradient(model, losses, bf16, device='cpu'):
     "Losses as numbers, and the gradient of their sum as one vector."
     torch.manual_seed(0)
     model.zero_grad()
-    with torch.autocast('cpu', torch.bfloat16, enabled=bf16): out = losses()
+    with torch.autocast(device, torch.bfloat16, enabled=bf16): out = losses()
     sum(out.values()).backward()
     return {k: v.item() for k, v in out.items()}, torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 

@@ -6,6 +6,10 @@
 __all__ = ['triton_roi_align', 'triton_roi_align_backward', 'triton_mask_targets', 'use_triton']
 
 # %% ../nbs/45_roi_triton.ipynb #d26526ac
+import os
+from pathlib import Path
+from shutil import which
+from sysconfig import get_paths
 import torch
 from torch import Tensor
 from .norm_triton import _jit, _on_gpu, _power, _register, constexpr, tl, triton
@@ -252,8 +256,14 @@ def _register_rois(device):
         lambda *args: _on_gpu(triton_mask_targets, _mask_targets._init_fn, args[0], args))
 
 # %% ../nbs/45_roi_triton.ipynb #22a4ac20
+def _can_build():
+    "True where Triton is, and what it builds launches with."
+    compiler = os.environ.get('CC') or which('gcc') or which('clang')
+    return bool(triton and compiler and (Path(get_paths()['include'])/'Python.h').exists())
+
 def use_triton(
-)->bool: # False where Triton is missing, and the plain bodies stay
+)->bool: # False where Triton, a C compiler or Python's headers are missing, and the plain bodies stay
     "Let GroupNorm, suppression, RoIAlign and mask targets run as kernels on GPUs"
-    for register in (_register, _register_nms, _register_rois) if triton else (): register('cuda')
-    return bool(triton)
+    able = _can_build()
+    for register in (_register, _register_nms, _register_rois) if able else (): register('cuda')
+    return able

@@ -36,6 +36,7 @@ import errno, fcntl, json, os, resource, socket, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -261,6 +262,12 @@ def _resume(run):
                          'Put it back, or use another --out')
     return state['step']
 
+# %% ../nbs/64_train.ipynb #1dbe9e01
+def _for_gpu(model):
+    "The model with its weights laid out for a GPU."
+    torch.backends.cudnn.benchmark = True
+    return model.to(memory_format=torch.channels_last)
+
 # %% ../nbs/64_train.ipynb #047f4491
 class Run:
     "All objects of a run, as new or as the newest checkpoint left them."
@@ -284,6 +291,7 @@ class Run:
         by_main(claim, a)
         self.detector = build_detector(recipe, len(self.images.category_ids)).train()
         check_trainable(self.detector)
+        if not cpu: _for_gpu(self.detector)
         optimizer = sgd(self.detector, recipe.lr, recipe.momentum, recipe.weight_decay)
         self.model, self.optimizer = a.prepare(self.detector, optimizer)
         names, ids = list(self.images.names), self.images.category_ids.tolist()
@@ -381,6 +389,21 @@ def _finish(run):
     draw_curves(run.out)
     draw_predictions(run)
 
+# %% ../nbs/64_train.ipynb #a0a2abd9
+@cache
+def _side(device):
+    "The stream of a GPU that copies take."
+    return torch.cuda.Stream(device)
+
+def _send(parts, device):
+    "The parts of a batch on the device, with copies beside its work."
+    if device.type != 'cuda': return [o.to(device) for o in parts]
+    with torch.cuda.stream(_side(device)): parts = [o.to(device) for o in parts]
+    now = torch.cuda.current_stream(device)
+    now.wait_stream(_side(device))
+    for o in parts: o._each(lambda x: x.record_stream(now))  # its memory is kept until the step is done
+    return parts
+
 # %% ../nbs/64_train.ipynb #f89d6820
 def _stream(run):
     "This process's share of every batch from here on."
@@ -399,7 +422,7 @@ def _step(run, parts, report):
     lr, device = run.schedule(run.step), run.accelerator.device
     for group in run.optimizer.param_groups: group['lr'] = lr
     skipped = [i for o in parts if o.skipped is not None for i in o.skipped.tolist()]
-    parts = [o.to(device) for o in parts]
+    parts = _send(parts, device)
     losses = train_step(run.model, run.optimizer, parts, run.accelerator, run.step, run.recipe.seed)
     report.add(losses, torch.cat([o.image_ids for o in parts]), skipped)
     run.step += 1

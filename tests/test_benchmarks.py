@@ -86,3 +86,46 @@ def test_one_command_runs_everything(tmp_path):
         found = json.loads((tmp_path/f'{name}.json').read_text())
         assert found['command'].startswith('python') and found['hardware']['cores'] >= 1
         assert all(any(what in o for o in said) for what, _, _ in bars(name, found))
+
+
+def gpu_script(out, *words):
+    "Run benchmarks/gpu.py on the CPU at toy size; returns what it wrote."
+    run = subprocess.run([sys.executable, folder/'gpu.py', '--device', 'cpu', '--small', '--out', out, *words], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(out.read_text())
+
+
+def test_the_gpu_script_compares_every_op(tmp_path):
+    found = gpu_script(tmp_path/'gpu.json', '--only', 'parity')
+    ops = found['parity']['ops']
+    assert len(ops) == 2 * 14 and set(found) >= {'command', 'hardware', 'seconds'} and 'speed' not in found
+    for name, row in ops.items(): assert row['largest'] < (1e-4 if name.endswith('float32') else .02) and row['share'] < 1e-3, name
+
+
+def test_the_gpu_script_tells_what_differs():
+    from gpu import differences
+    x = torch.arange(100.)
+    assert differences([x, x], [x, x]) == dict(largest=0, share=0)
+    found = differences(x, x + 9.9 * (x == 5))
+    assert found['largest'] == pytest.approx(.1) and found['share'] == .01
+    with pytest.raises(ValueError, match='float64'): differences(x, x.double())
+
+
+def test_the_overfitted_folder_has_its_training_images_twice(tmp_path):
+    from gpu import overfit_folder
+    (tmp_path/'coco/annotations').mkdir(parents=True), (tmp_path/'coco/train2017').mkdir()
+    (tmp_path/'coco/annotations/instances_train2017.json').write_text('{}')
+    made = overfit_folder(tmp_path/'coco', tmp_path/'both')
+    assert (made/'annotations/instances_val2017.json').read_text() == '{}'
+    assert (made/'val2017').resolve() == (made/'train2017').resolve() == tmp_path/'coco/train2017'
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_everything(tmp_path):
+    from gpu import every
+    found = gpu_script(tmp_path/'gpu.json')
+    assert set(found) >= set(every) == set(found['seconds'])
+    assert found['speed']['1']['images_per_second'] > 0 < found['peer']['1']['images_per_second']
+    assert min(found['parts']['ms'].values()) > 0 < min(o['bytes_ms'] for o in found['parts']['ops'].values())
+    assert found['training']['toy']['steps'] == len(found['training']['toy']['log']) == 2
+    assert 'AP' in found['training']['toy']['evaluations'][-1]['bbox']

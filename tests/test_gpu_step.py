@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scratchdet import train
 from scratchdet.detector import faster_rcnn, mask_rcnn
 from scratchdet.loader import Batch
 from scratchdet.matcher import image_keys
@@ -78,3 +79,42 @@ def test_a_whole_step_asks_nothing_until_a_line_is_written(tmp_path):
         assert run.step == len(report.rows) == 2 and len(watched.calls) > 1000
         assert sum('_fused_sgd_' in str(f) for f, _ in watched.calls) >= 2
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)): write_line(report, 2, 0., .1)
+
+
+class Recorder:
+    "Stands for CUDA's streams, and writes down what is asked of them."
+    def __init__(self): self.said, self.inside = [], []
+
+    @contextmanager
+    def stream(self, name):
+        self.inside.append(name)
+        yield
+        self.inside.pop()
+
+    def current_stream(self, device): return SimpleNamespace(wait_stream=lambda name: self.said.append(('wait for', name)), name='compute')
+
+
+def test_a_batch_travels_on_a_stream_of_its_own(monkeypatch):
+    "Copies on the side stream, then the step's stream waits for them, and every tensor is known to it."
+    cuda, sent = Recorder(), []
+    for name in ('stream', 'current_stream'): monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(train, '_side', lambda device: 'side')
+    monkeypatch.setattr(torch.Tensor, 'record_stream', lambda self, stream: cuda.said.append((stream.name, self.data_ptr())))
+    monkeypatch.setattr(Batch, 'to', lambda self, device: sent.append((device.type, *cuda.inside)) or self)
+    batch = Batch(**vars(batch_of()))
+    out = train._send([batch, batch], torch.device('cuda'))
+    pointers = [o.data_ptr() for o in vars(batch).values() if o is not None]
+    assert out == [batch, batch] and sent == [('cuda', 'side')] * 2 and not cuda.inside
+    assert cuda.said == [('wait for', 'side')] + [('compute', o) for o in pointers * 2] and len(pointers) == 7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu_a_batch_arrives_whole():
+    device = torch.device('cuda', 0)
+    for seed in range(20):
+        batch = Batch(**vars(batch_of(seed=seed)))
+        there, = train._send([batch.pin_memory()], device)
+        busy = torch.randn(2000, 2000, device=device) @ torch.randn(2000, 2000, device=device)
+        for k, v in vars(batch).items():
+            if v is not None: assert torch.equal(getattr(there, k).cpu(), v)
+        assert busy.isfinite().all()

@@ -211,11 +211,25 @@ def test_without_triton_nothing_changes():
 
 
 @outside
-def test_one_switch_for_all_kernels():
+def test_one_switch_for_all_kernels(monkeypatch):
     "Twice is once, and a CPU keeps its bodies."
+    monkeypatch.setattr(roi_triton, '_can_build', lambda: True)
     assert use_triton() and use_triton()
     assert len(ops) == 6 and all('cuda' in o._backend_fns for o in ops)
     assert torch.isfinite(roi_align(maps(), odd, 7)).all()
+
+
+@outside
+def test_without_a_compiler_or_headers_the_plain_bodies_stay(monkeypatch, tmp_path):
+    (tmp_path/'Python.h').touch()
+    monkeypatch.setattr(roi_triton, 'get_paths', lambda: dict(include=str(tmp_path)))
+    monkeypatch.delenv('CC', raising=False)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert not use_triton()
+    (tmp_path/'clang').touch(0o755)
+    assert use_triton()
+    (tmp_path/'Python.h').unlink()
+    assert not use_triton()
 
 
 four = lambda o: (o,) * 4
