@@ -1,4 +1,7 @@
-"Run notebooks: save what they show, compare it with what is saved, or only try them; or check that they are exported and clean."
+"""Run notebooks: save what they show, compare it with what is saved, or only try them; or check that they are exported and clean.
+
+With --commands a notebook is a tutorial that a reader follows: the commands in its text are run too, where they stand, and so are its slow cells, all
+in an empty folder. Commands are fenced as `bash`. A fence of `sh` is not run, and its first line says what it needs: `# needs a GPU`."""
 import argparse
 import filecmp
 import multiprocessing
@@ -24,17 +27,39 @@ def skipped(cell, flags):
     return any(o.replace(' ', '') == 'eval:false' or o in flags for o in lines)
 
 
-def run(path):
-    "Run the notebook at `path` from top to bottom; returns it with fresh outputs, and the seconds it took."
-    path = Path(path).resolve()
-    flags, nb, start = set(get_config().tst_flags.split()), read_nb(path), time.time()
+def fences(text):
+    "The fenced blocks of a text: a list of (language, content)."
+    return re.findall(r'^```([^\n`]*)\n(.*?)^```\s*$', text, flags=re.S | re.M)
+
+
+def run_command(text):
+    "Run a block of shell commands as a reader would, who stops at the first that fails; what it prints is shown then."
+    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', text], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+    if done.returncode: raise RuntimeError(f'this command fails with code {done.returncode}\n{text}\n{done.stdout[-4000:]}')
+
+
+def run_cells(path, nb, flags, commands):
+    "Run the cells of `nb` in the current folder, from top to bottom, and with `commands` what a reader would type between them."
     shell = CaptureShell(path, mpl_format='png')
-    with working_directory(path.parent):
-        for cell in nb.cells:
-            if skipped(cell, flags): continue
-            cell.outputs = []
-            shell.cell(cell)
-            if shell.exc: raise RuntimeError(f'this cell fails\n{cell.source}\n' + shell.prettytb(fname=path))
+    for cell in nb.cells:
+        if commands and cell.cell_type == 'markdown':
+            for language, text in fences(cell.source):
+                if language == 'bash': run_command(text)
+        if skipped(cell, flags): continue
+        cell.outputs = []
+        shell.cell(cell)
+        if shell.exc: raise RuntimeError(f'this cell fails\n{cell.source}\n' + shell.prettytb(fname=path))
+
+
+def run(path, commands=False):
+    "Run the notebook at `path`; returns it with fresh outputs, and the seconds it took."
+    path, config = Path(path).resolve(), get_config()
+    flags = set(config.tst_flags.split()) - ({'slow'} if commands else set())
+    nb, start = read_nb(path), time.time()
+    with tempfile.TemporaryDirectory() as empty:
+        (Path(empty)/'recipes').symlink_to(config.config_path/'recipes')  # as in a clone
+        with working_directory(empty if commands else path.parent): run_cells(path, nb, flags, commands)
     return nb, time.time() - start
 
 
@@ -72,21 +97,21 @@ def differences(saved, fresh):
 
 def execute(job):
     "Run one notebook, in a process of its own; returns its report and whether something is wrong."
-    action, path = job
+    action, commands, path = job
     if action != 'try': os.environ.pop('SCRATCHDET_COCO', None)  # what is saved shows the toy set
-    try: nb, seconds = run(path)
+    try: nb, seconds = run(path, commands)
     except Exception as e: return f'{path}: {e}', True
     bad = list(differences(read_nb(path), nb)) if action == 'check' else []
     if action == 'run': write_nb(nb, path)
     return '\n'.join([f'{path}: {seconds:.1f} s', *bad]), bool(bad)
 
 
-def execute_all(action, paths, jobs):
+def execute_all(action, paths, jobs, commands=False):
     "Run every notebook of `paths` in a fresh process, `jobs` at a time; returns how many are wrong."
     if jobs > 1: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
     failed = 0
     with multiprocessing.get_context('spawn').Pool(jobs, maxtasksperchild=1) as pool:
-        for report, bad in pool.imap(execute, [(action, o) for o in paths], chunksize=1):
+        for report, bad in pool.imap(execute, [(action, commands, o) for o in paths], chunksize=1):
             print(report, flush=True)
             failed += bad
     return failed
@@ -121,13 +146,14 @@ def main():
     parser.add_argument('action', choices=['run', 'check', 'try', 'sync'])
     parser.add_argument('notebooks', nargs='*', type=Path)
     parser.add_argument('--jobs', type=int, default=1, help='notebooks executed at a time')
+    parser.add_argument('--commands', action='store_true', help='run the commands in the text and slow cells too, in an empty folder')
     args = parser.parse_intermixed_args()
     if args.action == 'sync':
         bad = stale(Path.cwd())
         if bad: sys.exit('make export changes these files; run it and commit them:\n' + '\n'.join(bad))
         return print('notebooks are clean, and the modules are what they export')
     if not args.notebooks: parser.error(f'{args.action} needs the paths of notebooks')
-    failed = execute_all(args.action, args.notebooks, args.jobs)
+    failed = execute_all(args.action, args.notebooks, args.jobs, args.commands)
     if failed and args.action == 'check':
         sys.exit(f'{failed} of {len(args.notebooks)} notebooks fail, or show something else than they save: '
                  'mend them, or python tools/notebooks.py run NOTEBOOK')
