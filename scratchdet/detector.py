@@ -21,6 +21,11 @@ from .roi_align import boxes_to_rois, roi_align
 from .roi_triton import use_triton
 from .rpn import RPN, Proposals, RPNHead
 
+def _check_counts(**counts):
+    "Numbers that no machine holds come from damaged or hostile files."
+    for name, o in counts.items():
+        if not 1 <= o <= 10_000: raise ValueError(f'{name}={o} must be from 1 to 10,000')
+
 # %% ../nbs/50_detector.ipynb #d8e36bb9
 use_triton();
 
@@ -57,11 +62,6 @@ class Detector(nn.Module):
             self.register_buffer(name, torch.tensor(o, dtype=torch.float32)[:, None, None], persistent=False)
 
 # %% ../nbs/50_detector.ipynb #2781dd7b
-def _check_counts(**counts):
-    "Numbers that no machine holds come from damaged or hostile files."
-    for name, o in counts.items():
-        if not 1 <= o <= 10_000: raise ValueError(f'{name}={o} must be from 1 to 10,000')
-
 def _remember(build):
     "`build`, with its name and arguments kept as `model.arguments`."
     @wraps(build)

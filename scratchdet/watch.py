@@ -20,8 +20,8 @@ class StopSignals:
     "Within it, SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted, and acted on by the loop."
     def __enter__(self):
         self.number, self.since, self.process = 0, 0., os.getpid()
-        heard = [o for o in asking if signal.getsignal(o) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.before = {o: signal.signal(o, self.note) for o in heard}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self.before = {o: signal.signal(o, self.note) for o in asking[:3 if nohup else 4]}
         return self
 
     def __exit__(self, error, *_):

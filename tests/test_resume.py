@@ -382,11 +382,12 @@ def test_a_state_of_another_step_is_passed_over(tmp_path, state, words):
 
 def test_a_closed_terminal_asks_for_a_checkpoint_unless_nohup():
     from scratchdet.watch import StopSignals
-    with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.number == signal.SIGHUP
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.number == 0
