@@ -80,7 +80,7 @@ def _roi_align(features: list[Tensor], rois: Tensor, resolution: int, strides: l
     dtype, levels, out = _math(features[0].dtype), roi_levels(rois[:, 1:], len(features)), 0
     for level, (x, stride) in enumerate(zip(features, strides)):
         own = _own_rois(rois.to(dtype), levels, level)
-        out += torchvision.ops.roi_align(x.to(dtype), own, resolution, 1 / stride, sampling_ratio, True)
+        out = out + torchvision.ops.roi_align(x.to(dtype), own, resolution, 1 / stride, sampling_ratio, True)
     return out.to(features[0].dtype).contiguous(memory_format=_format(features[0]))
 
 @_roi_align.register_fake

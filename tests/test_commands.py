@@ -111,6 +111,7 @@ def words(tmp_path_factory, toy):  # noqa: F811
         evaluate=f'--weights {weights} --coco {toy} --out {at}/ap --cpu --workers 0',
         predict=f'{toy}/val2017 --weights {weights} --out {at}/pictures --cpu',
         report=f'{at}/run --out {at}/report.html --coco {toy} --cpu',
+        export=f'--weights {at}/run --out {at}/model.pt2 --size 64 96',
         checkpoints=f'convert --to mmdet {weights} {at}/model.pth')
 
 
