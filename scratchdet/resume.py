@@ -163,5 +163,6 @@ def load_checkpoint(
     momentum = _tensors(path/'momentum.safetensors', trained, some=True)
     model.load_state_dict(weights)
     optimizer.state.clear()
-    for k, v in momentum.items(): optimizer.state[trained[k]]['momentum_buffer'] = v.to(trained[k].device)
+    for k, v in momentum.items():  # in the weight's memory layout, which a fused optimizer takes for granted
+        optimizer.state[trained[k]]['momentum_buffer'] = trained[k].detach().clone().copy_(v)
     return json.loads((path/'state.json').read_text())

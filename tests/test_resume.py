@@ -178,6 +178,24 @@ def test_parameters_without_momentum(tmp_path):
     assert same_states(state(model, optimizer), state(other, its)) and len(its.state) > 0
 
 
+@pytest.mark.parametrize('before, after', [('last', 'last'), ('last', 'first'), ('first', 'last')])
+def test_weights_that_lie_channels_last(before, after, tmp_path):
+    "As on a GPU, written and read in either layout: the next step is the same. A fused optimizer reads weight and momentum in memory's order."
+    layouts = dict(last=torch.channels_last, first=torch.contiguous_format)
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        sum((p * torch.arange(p.numel()).view_as(p)).sum() for p in model.parameters()).backward()
+        optimizer.step()
+    pairs = []
+    for layout in (before, after):
+        model = small()[0].to(memory_format=layouts[layout])
+        pairs.append((model, sgd(model, 1e-6)))
+    step(*pairs[0])
+    load_checkpoint(save_checkpoint(tmp_path, *pairs[0], dict(step=1)), *pairs[1])
+    for o in pairs: step(*o)
+    assert same_states(*(state(*o) for o in pairs))
+
+
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(points):
     folder, states = points
     model, optimizer = small(7)
