@@ -98,17 +98,19 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, points):
 
 
 def test_no_changed_character_of_a_manifest_is_overlooked(tmp_path):
-    for name in names[1:]: (tmp_path/name).write_text(name)
-    manifest = json.dumps({o: writer._digest(tmp_path/o) for o in names[1:]}, indent=1)
-    (tmp_path/'manifest.json').write_text(manifest)
-    assert set(verify_checkpoint(tmp_path)) == set(names[1:]) and len(manifest) > 300
+    path = tmp_path/'step_00000007'
+    path.mkdir()
+    for name in names[1:]: (path/name).write_text('{"step": 7}')
+    manifest = json.dumps({o: writer._digest(path/o) for o in names[1:]}, indent=1)
+    (path/'manifest.json').write_text(manifest)
+    assert set(verify_checkpoint(path)) == set(names[1:]) and len(manifest) > 300
     overlooked = []
     for i, character in enumerate(manifest):
-        flip(tmp_path/'manifest.json', i, i % 8)
-        try: verify_checkpoint(tmp_path); overlooked.append((i, character))
+        flip(path/'manifest.json', i, i % 8)
+        try: verify_checkpoint(path); overlooked.append((i, character))
         except ValueError: pass
-        flip(tmp_path/'manifest.json', i, i % 8)
-    assert overlooked == [] and verify_checkpoint(tmp_path)
+        flip(path/'manifest.json', i, i % 8)
+    assert overlooked == [] and verify_checkpoint(path)
 
 
 @pytest.mark.parametrize('text', ['[]', '{}', '3', 'null', '{"model.safetensors": {}}', '{"../../x": {"size": 1, "sha256": ""}}',
