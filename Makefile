@@ -57,10 +57,10 @@ notebooks: $(STAMP)
 	python tools/notebooks.py check --jobs $(JOBS) $(NOTEBOOKS)
 
 pytest: $(STAMP)
-	python -m pytest tests
+	python -m pytest tests --numprocesses $(JOBS) --dist loadfile
 
 slow: $(STAMP)
-	python -m pytest tests -m slow
+	python -m pytest tests -m slow --numprocesses $(JOBS)
 
 fuzz: $(STAMP)
 	SCRATCHDET_FUZZ=$(INPUTS) python -m pytest tests/test_fuzz.py
