@@ -2,7 +2,8 @@
 #   make demo    train Mask R-CNN from random weights on drawn images, evaluate, draw
 #   make test    notebooks in sync and executed, tests, documentation: what CI runs
 #   make docs    the site, in _docs/
-#   make slow    the tests that take minutes
+#   make slow    the tests that take a minute each
+#   make long    the tests that take many minutes: tutorials as written, pages on real images, all benchmarks
 #   make fuzz    100,000 lying inputs; make fuzz INPUTS=1000000 for a night
 #   make install only the environment
 #   make help    all targets
@@ -22,7 +23,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.10; do \
 	$$p -c '$(USABLE)' 2>/dev/null && { echo $$p; break; }; done)
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' | sort)
 
-.PHONY: help install demo test sync notebooks pytest slow fuzz docs docs-check export readme clean
+.PHONY: help install demo test sync notebooks pytest slow long fuzz docs docs-check export readme clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -60,7 +61,10 @@ pytest: $(STAMP)
 	python -m pytest tests --numprocesses $(JOBS) --dist loadfile
 
 slow: $(STAMP)
-	python -m pytest tests -m slow --numprocesses $(JOBS)
+	python -m pytest tests -m slow
+
+long: $(STAMP)
+	python -m pytest tests -m long --numprocesses $(JOBS)
 
 fuzz: $(STAMP)
 	SCRATCHDET_FUZZ=$(INPUTS) python -m pytest tests/test_fuzz.py

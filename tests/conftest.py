@@ -8,9 +8,10 @@ root = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: takes minutes; run by `make slow`, left out otherwise')
+    config.addinivalue_line('markers', 'slow: takes a minute; run by `make slow`, left out otherwise')
+    config.addinivalue_line('markers', 'long: takes many minutes; run by `make long`, left out otherwise')
     named = any('::' in o for o in config.args)
-    if not config.option.markexpr and not named: config.option.markexpr = 'not slow'
+    if not config.option.markexpr and not named: config.option.markexpr = 'not slow and not long'
 
 
 def shared(variable, default):

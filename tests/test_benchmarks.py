@@ -75,7 +75,7 @@ def test_half_precision_is_compared_on_losses_and_gradient():
     assert 0 < found['largest_loss_difference'] < .05 and .99 < found['cosine'] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_command_runs_everything(tmp_path):
     from run import bars, parts
     names = [o for o in parts if o != 'half']  # its files have one size
@@ -120,7 +120,7 @@ def test_the_overfitted_folder_has_its_training_images_twice(tmp_path):
     assert (made/'val2017').resolve() == (made/'train2017').resolve() == tmp_path/'coco/train2017'
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_gpu_script_runs_everything(tmp_path):
     from gpu import every
     found = gpu_script(tmp_path/'gpu.json')

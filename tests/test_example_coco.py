@@ -18,7 +18,7 @@ def test_no_page_takes_files_elsewhere():
     assert readers == ['02_toy']
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('path', users, ids=[o.stem for o in users])
 def test_a_page_holds_on_real_images(path, coco_mini, tmp_path):
     small = coco_subset(coco_mini, tmp_path/'small', images=24, val_images=10)

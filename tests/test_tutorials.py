@@ -47,7 +47,7 @@ def test_no_command_escapes(page, notebooks):
 def test_tutorials_export_nothing(page): assert not page.module and not page.exported
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each
 def test_commands_and_cells_run_as_written(page):
     command = [sys.executable, 'tools/notebooks.py', 'try', '--commands', str(page.path)]
