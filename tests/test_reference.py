@@ -58,11 +58,6 @@ def kind_of(name):
     "The array's name without numbers of images and levels."
     return re.sub(r'\{l\}\{l\}', '{l}', re.sub(r'(?<=[CP])\d', '{l}', re.sub(r'(?<=[a-z])(?<!thr)\d(?=\.|$)', '{i}', name)))
 
-# The references are of a processor with AVX-512. Without it float32 sums go in another order, and after the 5 losses (equal to 1e-5) and
-# 70 layers of backward some gradients differ by 3.7e-2 where 2e-2 is allowed (norms: 2.8e-3, 2e-3): with equal code, on AVX2.
-other_rounding = 1 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 2.5
-
-
 
 class Reference:
     "The arrays of one file, and which of them were compared."
@@ -84,7 +79,6 @@ class Reference:
 
     def error(self, key, error, tolerance, how=''):
         "Note the worst error of this kind and fail beyond the tolerance."
-        if re.search('grad|sgd|traj|step', key): tolerance *= other_rounding
         self.checked.add(key)
         kind = kind_of(key) + how
         if kind not in worst or error / tolerance >= worst[kind][0]: worst[kind] = (error / tolerance, error, tolerance, self.name)
@@ -481,13 +475,19 @@ def training(case):
 
 
 def gradients(case):
+    """Norms of all gradients, and the first convolution's itself.
+
+    On a processor with AVX-512 they agree to 1.2e-3 and 2e-2. Another one sums float32 in another order: the losses still agree to 1e-5 and the
+    trajectory to its own tolerances, but after all layers of backward the first gradient differs by 3.7e-2, the norms by 2.8e-3.
+    """
+    room = 1 if torch.backends.cpu.get_cpu_capability() == 'AVX512' else 2.5
     ref, ours = case.ref, {k2: k for k, k2 in mmdet_names(case.model).items()}
     params, names = dict(case.model.named_parameters()), ref.use('train.grad_names')[0]
     assert set(names) == set(ours) and len(names) == len(params)
     norms = torch.stack([params[ours[k]].grad.double().norm() for k in names])
     theirs = ref.get('train.grad_norms')
-    ref.error('train.grad_norms', ((norms - theirs).abs() / theirs.clamp(min=1e-12)).max().item(), 2e-3)
-    ref.close('train.grad_conv1.sub', params[ours['backbone.conv1.weight']].grad[::8], 2e-2)
+    ref.error('train.grad_norms', ((norms - theirs).abs() / theirs.clamp(min=1e-12)).max().item(), 2e-3 * room)
+    ref.close('train.grad_conv1.sub', params[ours['backbone.conv1.weight']].grad[::8], 2e-2 * room)
 
 
 def decay(case, optimizer):
