@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['to_torchvision', 'from_torchvision', 'from_coco', 'to_supervision', 'from_supervision']
 
-# %% ../nbs/72_exchange.ipynb #6aa5bbdf
+# %% ../nbs/72_exchange.ipynb #07018523
 import reprlib
 import numpy as np, torch
 from .boxes import xywh_to_xyxy
 from .masks import polygons_to_mask
 
-# %% ../nbs/72_exchange.ipynb #72f47dfa
+# %% ../nbs/72_exchange.ipynb #b8117857
 def _field(name, value, kind, shape):
     "A copy on the CPU; an error where type or shape is another."
     x = torch.as_tensor(value).detach().cpu()
@@ -34,10 +34,9 @@ def _checked(det, kind=torch.bool, extra=()):
                  masks=(kind, (d, *extra, -1, -1)))
     return {k: _field(k, det[k], *form) for k, form in forms.items() if k in det}
 
-# %% ../nbs/72_exchange.ipynb #80e77503
+# %% ../nbs/72_exchange.ipynb #3f034397
 def _translated(numbers, table, what):
     "The entry of `table` for each number."
-    numbers = numbers.tolist() if hasattr(numbers, 'tolist') else list(numbers)
     if odd := [o for o in numbers if o not in table]:
         raise ValueError(f'{what} {odd[0]} is none of {reprlib.repr(list(table))}')
     return [table[o] for o in numbers]
@@ -45,7 +44,7 @@ def _translated(numbers, table, what):
 def _labels(category_ids): return {int(o): k for k, o in enumerate(category_ids)}
 def _numbers(category_ids): return {k: int(o) for k, o in enumerate(category_ids)}
 
-# %% ../nbs/72_exchange.ipynb #7679fb8a
+# %% ../nbs/72_exchange.ipynb #cea1163f
 def to_torchvision(
     det:dict, # boxes (D, 4) xyxy px, labels from 0, perhaps scores (D,) and masks (D, H, W) bool
     category_ids, # (K,) torchvision's number of each label: of COCO, or `range(1, K + 1)`
@@ -53,11 +52,12 @@ def to_torchvision(
     "Detections as torchvision's detectors give them, on the CPU."
     out = _checked(det)
     if 'labels' in out:
-        out['labels'] = torch.tensor(_translated(out['labels'], _numbers(category_ids), 'label')).long()
+        numbers = _translated(out['labels'].tolist(), _numbers(category_ids), 'label')
+        out['labels'] = torch.tensor(numbers).long()
     if 'masks' in out: out['masks'] = out['masks'][:, None].float()  # (D, 1, H, W)
     return out
 
-# %% ../nbs/72_exchange.ipynb #03e65f95
+# %% ../nbs/72_exchange.ipynb #083476c4
 def from_torchvision(
     det:dict, # of a torchvision detector: boxes (D, 4), labels from 1, scores, perhaps masks (D, 1, H, W)
     category_ids, # (K,) torchvision's number of each label: of COCO, or `range(1, K + 1)`
@@ -65,11 +65,12 @@ def from_torchvision(
     "What a torchvision detector found, as `predict` gives it."
     out = _checked(det, torch.float32, (1,))
     if 'labels' in out:
-        out['labels'] = torch.tensor(_translated(out['labels'], _labels(category_ids), 'category')).long()
+        labels = _translated(out['labels'].tolist(), _labels(category_ids), 'category')
+        out['labels'] = torch.tensor(labels).long()
     if 'masks' in out: out['masks'] = out['masks'][:, 0] >= .5  # (D, H, W)
     return out
 
-# %% ../nbs/72_exchange.ipynb #71bf9387
+# %% ../nbs/72_exchange.ipynb #9700fff2
 def _check_records(records, needed):
     "Raise where a record lacks a field, or belongs to another image."
     for i, o in enumerate(records):
@@ -87,14 +88,13 @@ def from_coco(
     _check_records(records, needed[:4 if size is None else 5])
     boxes = torch.tensor([o['bbox'] for o in records], dtype=torch.float64).reshape(-1, 4)
     labels = _translated([o['category_id'] for o in records], _labels(category_ids), 'category')
-    det = dict(boxes=xywh_to_xyxy(boxes), labels=torch.tensor(labels).long(),
-               scores=torch.tensor([o['score'] for o in records]))
-    det['boxes'] = det['boxes'].float()
+    det = dict(boxes=xywh_to_xyxy(boxes).float(), labels=torch.tensor(labels).long(),
+               scores=torch.tensor([o['score'] for o in records]).float())
     if size is None: return det
     bits = [polygons_to_mask(o['segmentation'], *size) for o in records]
     return dict(det, masks=torch.from_numpy(np.array(bits).reshape(-1, *size)).bool())
 
-# %% ../nbs/72_exchange.ipynb #ef46112f
+# %% ../nbs/72_exchange.ipynb #88afeb92
 _arrays = dict(boxes='xyxy', labels='class_id', scores='confidence', masks='mask')
 
 def _supervision():
@@ -113,10 +113,11 @@ def to_supervision(
     sv, out = _supervision(), _checked(det)
     data = {}
     if names is not None and 'labels' in out:
-        data['class_name'] = np.array(_translated(out['labels'], dict(enumerate(names)), 'label'), dtype=str)
+        named = _translated(out['labels'].tolist(), dict(enumerate(names)), 'label')
+        data['class_name'] = np.array(named, dtype=str)
     return sv.Detections(**{_arrays[k]: v.numpy() for k, v in out.items()}, data=data)
 
-# %% ../nbs/72_exchange.ipynb #7abe9bec
+# %% ../nbs/72_exchange.ipynb #09a57648
 def from_supervision(
     detections, # `supervision.Detections`; class_id is the label, from 0
 )->dict: # boxes (D, 4) xyxy px, perhaps labels, scores (D,) and masks (D, H, W) bool
