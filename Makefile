@@ -58,7 +58,7 @@ notebooks: $(STAMP)
 	python tools/notebooks.py check --jobs $(JOBS) $(NOTEBOOKS)
 
 pytest: $(STAMP)
-	python -m pytest tests --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest tests --numprocesses $(JOBS) --dist loadfile
 
 slow: $(STAMP)
 	python -m pytest tests -m slow
