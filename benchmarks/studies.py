@@ -66,7 +66,7 @@ schemes = dict(
     normal=lambda model: fill_part(model, partial(gaussian, std=.01)))
 
 studies = dict(
-    norm=[Setting(norm='frozen'), *[Setting(norm=n, batch=b) for b in (8, 2) for n in ('GN', 'BN')]],
+    norm=[Setting(norm=n, batch=b) for b in (8, 2, 1) for n in ('GN', 'BN', 'frozen')],
     init=[Setting(init=o) for o in schemes],
     zero_init=[Setting(zero_last=z) for z in (False, True)],
     schedule=[Setting(length=1, drops='share'), Setting(), *[Setting(length=k, drops=o) for k in (4, 8) for o in ('tail', 'share')]],

@@ -162,10 +162,22 @@ def test_a_stopped_study_goes_on(studies, tmp_path, monkeypatch):
 def test_settings_are_told_apart(page, capsys):
     page.verdict('a', [3, 4, 5], 'b', [1, 2, 2.5])
     page.verdict('a', [1, 4, 5], 'b', [1, 2, 2.5])
-    assert 'a - b: +2.2, every seed above every seed' in (said := capsys.readouterr().out) and 'not told apart' in said
+    assert 'a - b: +2.2, all seeds above' in (said := capsys.readouterr().out) and 'not told apart' in said
     study = dict(command='c', seeds=[0, 1, 2], setup=dict(base=dict(batch=8, norm='GN')), runs=[dict(seed=s, AP50=s / 100) for s in (0, 1, 2)])
     assert page.by(study, 'norm') == dict(GN=[0, 1, 2]) and page.by(study, 'norm', 'batch') == {('GN', '8'): [0, 1, 2]}
     with pytest.raises(ValueError, match='no three seeds'): page.by(study | dict(runs=study['runs'][:2]), 'norm')
+
+
+def test_every_seed_is_drawn(page):
+    "A mark for each seed of each column, the means joined, where a series has a gap too; the last losses and the scatter are by hand."
+    from matplotlib.figure import Figure
+    ax = Figure().subplots()
+    page.lines(ax, dict(a={'1': [1, 2, 3], '4': [5, 6, 10]}, b={'4': [2, 2, 2]}), ['1', '2', '4'])
+    means, seeds, _, more = ax.get_lines()
+    assert list(means.get_ydata()) == [2, 7] and list(seeds.get_ydata()) == [1, 2, 3, 5, 6, 10] and len(more.get_ydata()) == 3
+    assert [round(o) for o in seeds.get_xdata()] == [0, 0, 0, 2, 2, 2]
+    study = dict(command='c', seeds=[0, 1, 2], setup=dict(base=dict(norm='GN')), runs=[dict(seed=s, losses=[9, s, s + 2]) for s in (2, 0, 1)])
+    assert page.late(study, 'norm', reports=2) == dict(GN=[1, 2, 3]) and page.scatter(dict(a=[1, 2, 3], b=[0, 0, 0])) == .5 ** .5
 
 
 pages = sorted((root / 'nbs/studies').glob('*.ipynb'))
