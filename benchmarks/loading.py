@@ -1,7 +1,7 @@
 """Images a second on one core, from files to batches with boxes, labels and masks: `train_loader` and torchvision's `CocoDetection` with v2 transforms.
 
-Then the share of the pixels that padding adds, in batches of 16 in training, and in evaluation. The sizes are those of the images that were read,
-each many times, and a list of COCO's common ones.
+Then the share of the pixels that padding adds, in batches of 16 in training, and in evaluation, where the sizes are those of the images that were
+read, each many times.
 
     python benchmarks/loading.py --out results/loading.json
 """
@@ -19,10 +19,6 @@ from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.loader import _scaled, plan_epoch, train_loader
 from scratchdet.toy import make_toy
 from train_step import kinds
-
-usual = {(480, 640): 55, (640, 480): 17, (427, 640): 12, (640, 427): 5, (425, 640): 2, (640, 425): 1, (375, 500): 2, (500, 375): 1,
-         (426, 640): 2, (640, 640): 1, (360, 640): 1, (424, 640): 1}  # h, w: share in percent, roughly
-
 
 def files(folder, images):
     "COCO images where `SCRATCHDET_COCO` leads to them, else drawn ones of 480x640 px."
@@ -65,9 +61,7 @@ def main():
         result = against(take_turns(dict(zip(kinds, (o(index, args.batch) for o in (ours, theirs)))), args.repeats), *kinds)
         drawn = np.repeat(index.sizes, 500, axis=0)
     rate = {k: len(index) / v for k, v in result['median'].items()}
-    listed = np.repeat(list(usual), [v * 100 for v in usual.values()], axis=0)
-    sizes = {'common sizes of COCO': listed, 'the images read': drawn}
-    pads = {name: waste(o, 16) for name, o in sizes.items()}
+    pads = waste(drawn, 16)
     print(f"loading: ratio {result['ratio']:.3f}, images a second {rate}\n{pads}")
     write(args.out, dict(command=command(), hardware=machine, images=len(index), objects=int(sum(len(index.target(i)['rows']) for i in range(len(index)))),
                          images_per_second=rate, padding=pads, **result))

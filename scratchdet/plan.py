@@ -31,6 +31,7 @@ if __name__ == '__main__' and __spec__: args = parse_args()
 
 # %% ../nbs/66_plan.ipynb #3dec4dd1
 import sys
+from functools import cache
 from math import isfinite
 import torch
 from torch import nn
@@ -112,6 +113,7 @@ def _blank(n, h, w, masks):
     images, boxes = torch.zeros(n, 3, h, w, dtype=torch.uint8), torch.tensor([[[0., 0, 32, 32]] * 2] * n)
     return Batch(images, sizes, torch.arange(n), boxes, labels, labels == 0, bits)
 
+@cache
 def activation_bytes(
     recipe:Recipe, # of the run
     classes:int, # K

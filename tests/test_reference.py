@@ -394,17 +394,19 @@ class Roundings:
     @torch.no_grad()
     def __init__(self, case, index):
         self.case, self.index, model = case, index, case.model
-        self.features = model.fpn(model.backbone(model.normalize(case.batch.images, case.batch.sizes)))
+        batch = case.batch
+        self.features = model.fpn(model.backbone(model.normalize(batch.images, batch.sizes)))
         self.out = model.rpn(self.features)
+        self.rpn_losses = model.rpn.losses(self.out, batch.sizes, batch.boxes, batch.valid, image_keys(0, index, batch.image_ids))
         self.rois, self.heads = torch.full((1, 5), torch.inf), [torch.zeros(1, n) for n in (81, 320)]
 
     def box_loss_sums(self, features, rois, boxes):
         "As the detector's, with RoIs that move by less than 0.05 px pooled once."
         rows, model = detector_module.boxes_to_rois(rois.boxes), self.case.model
-        new = rows[(rows[:, None] - self.rois).abs().amax(2).amin(1) > .05]
+        new = rows[torch.cdist(rows, self.rois, torch.inf).amin(1) > .05]
         self.rois = torch.cat([self.rois, new])
         self.heads = [torch.cat(o) for o in zip(self.heads, model.box_head(roi_align(features, new, 7)))]
-        nearest = (rows[:, None] - self.rois).abs().amax(2).argmin(1)
+        nearest = torch.cdist(rows, self.rois, torch.inf).argmin(1)
         return detector_module.box_losses(*(o[nearest] for o in self.heads), rois, boxes)
 
     def proposals(self, g, amplitude):
@@ -417,9 +419,10 @@ class Roundings:
         "Error of the losses with these proposals."
         model = self.case.model
         with ExitStack() as patches:
-            for part, name, value in ((model.backbone, 'forward', lambda x: x), (model.fpn, 'forward', lambda x: self.features),
-                                      (model.rpn, 'forward', lambda x: self.out), (model.rpn, 'proposals', lambda *args: proposals),
-                                      (model, 'box_loss_sums', self.box_loss_sums)):
+            for part, name, value in ((model, 'normalize', lambda *args: None), (model.backbone, 'forward', lambda x: x),
+                                      (model.fpn, 'forward', lambda x: self.features), (model.rpn, 'forward', lambda x: self.out),
+                                      (model.rpn, 'losses', lambda *args: self.rpn_losses),
+                                      (model.rpn, 'proposals', lambda *args: proposals), (model, 'box_loss_sums', self.box_loss_sums)):
                 patches.enter_context(patch.object(part, name, value))
             return trajectory_error(self.case.ref, losses_of(self.case, self.index), self.index)
 
@@ -443,8 +446,9 @@ def step(case, optimizer, index):
     losses = losses_of(case, index)
     if trajectory_error(case.ref, losses, index) > ENOUGH[index]:
         proposals, other = Roundings(case, index).best(ENOUGH[index])
-        case.rounded |= other
-        with patch.object(case.model.rpn, 'proposals', lambda *args: proposals): losses = losses_of(case, index)
+        if other:
+            case.rounded = True
+            with patch.object(case.model.rpn, 'proposals', lambda *args: proposals): losses = losses_of(case, index)
     losses['total'].backward()
     return {k: v.detach() for k, v in losses.items()}
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from scratchdet.coco import coco_split, coco_subset, load_index, stratified, training_images
+from scratchdet.coco import coco_split, coco_subset, load_index, main, parse_args, stratified, training_images
 from scratchdet.toy import make_toy
 
 
@@ -106,23 +106,27 @@ def test_nothing_is_left_of_a_copy_that_fails(toy, tmp_path, monkeypatch):
     assert list((tmp_path/'out').iterdir()) == []
 
 
-def command(*words):
-    done = subprocess.run([sys.executable, '-m', 'scratchdet.coco', 'subset', *map(str, words)], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+def words(toy, out, *more): return ['subset', '--coco', str(toy), '--out', str(out), *map(str, more)]
 
 
 def test_the_command(toy, tmp_path):
     out = tmp_path/'small'
-    assert command('--coco', toy, '--out', out, '--images', 6, '--quiet') == (0, '', '')
-    assert command('--coco', toy, '--out', out, '--images', 6) == (0, f'{out}\n', '')
-    for words, said in [(['--images', 7], 'give another folder'), (['--images', 0], '0 images are no subset')]:
-        status, out_text, err = command('--coco', toy, '--out', out, *words)
-        assert status == 1 and not out_text and err.startswith('scratchdet.coco: ') and err.count('\n') == 1 and said in err
-    status, _, err = command('--coco', tmp_path/'nowhere', '--out', out)
-    assert status == 1 and 'nowhere does not exist' in err and err.count('\n') == 1
+    run = [sys.executable, '-m', 'scratchdet.coco', *words(toy, out, '--images', 6)]
+    done, quiet, other = (subprocess.run([*run, *o], capture_output=True, text=True) for o in ([], ['--quiet'], ['--seed', '1']))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f'{out}\n', '')
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, '', '')
+    assert other.returncode == 1 and not other.stdout and other.stderr.startswith('scratchdet.coco: ') and other.stderr.count('\n') == 1
+
+
+def test_refusals(toy, tmp_path):
+    out = tmp_path/'small'
+    main(parse_args(words(toy, out, '--images', 6)))
+    for root, images, says in ((toy, 7, 'give another folder'), (toy, 0, '0 images are no subset'), (tmp_path/'nowhere', 6, 'nowhere does not exist')):
+        with pytest.raises(SystemExit, match=says) as e: main(parse_args(words(root, out, '--images', images)))
+        assert '\n' not in str(e.value)
     (out/'subset.json').write_text('{')
-    status, _, err = command('--coco', toy, '--out', out, '--images', 6)
-    assert status == 1 and 'a damaged subset.json' in err and len(load_index(*coco_split(out, 'train'))) == 6
+    with pytest.raises(SystemExit, match='a damaged subset.json'): main(parse_args(words(toy, out, '--images', 6)))
+    assert len(load_index(*coco_split(out, 'train'))) == 6
 
 
 def test_real_images(coco_mini, tmp_path):
