@@ -27,7 +27,8 @@ from common import command, hardware, own_peak, parser, write
 
 from scratchdet.coco import coco_split, load_index
 from scratchdet.detector import scale_detections
-from scratchdet.evaluate import coco_ap, detections_to_coco, evaluate, ground_truth, numbers, run_hotcoco, run_pycocotools
+from scratchdet.count import coco_ap, ground_truth, numbers, run_hotcoco, run_pycocotools
+from scratchdet.evaluate import detections_to_coco, evaluate
 from scratchdet.loader import eval_loader
 from scratchdet.mask_head import mask_rles
 

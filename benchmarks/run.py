@@ -6,6 +6,7 @@
 """
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ parts = {  # name of the result: words of the command, and its words at toy size
     'inference': ('inference.py --repeats 3', '--short 64 --long 96 --size 48 64 --repeats 1'),
     'loading': ('loading.py', '--images 4 --repeats 1'),
     'counting': ('evaluation.py --count', '--images 20 --detections 5'),
+    'overlap': ('overlap.py', '--images 20 --detections 5 --width 8 --repeats 1'),
     'start': ('start.py', '--images 60 --annotations 300 --repeats 1'),
     'cost': ('cost.py', '--side 64 --repeats 1'),
     'half': ('half.py', ''),
@@ -38,6 +40,10 @@ def bars(name, o):
         yield 'loader over torchvision', o['ratio'], .5
         yield 'padding', max(o['padding'][k] for k in ('training', 'evaluation')), .04
     if name == 'counting': yield 'COCO evaluation over pycocotools', o['ratio'], .1
+    if name == 'overlap':
+        for k in o['parts']:
+            behind, loop = (statistics.median(v['lost'] for v in o[k][way]) for way in ('behind', 'loop'))
+            yield f'{k}, lost behind the loop over lost in it', behind / loop, .5
     if name == 'start':
         yield '--help, s', max(min(v) for v in o['help_seconds'].values()), 3.
         yield 'to the first step, s', sorted(o['first_step_seconds'])[len(o['first_step_seconds']) // 2], 10.

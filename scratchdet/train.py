@@ -36,12 +36,10 @@ import errno, fcntl, json, os, resource, socket, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from io import TextIOWrapper
 from pathlib import Path
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
+import matplotlib.pyplot as plt, numpy as np, torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
@@ -53,15 +51,17 @@ from .loader import _check_masks, eval_loader, train_loader
 from .matcher import image_keys
 from .detector import Detector, faster_rcnn, mask_rcnn, scale_detections
 from .init import init_detector
-from .weights import save_model, sync
-from .resume import find_checkpoint, load_checkpoint, save_checkpoint
+from .weights import save_model, write_file
+from .resume import find_checkpoint, load_checkpoint, save_checkpoint, snapshot
 from .watch import MainFailed, StopSignals, Watch, by_main, lost_process
 from .track import Trackers, check_trackers, evaluations, read_evaluation, read_log
+from .count import count_apart, start_count, table
+from .behind import Behind
 from .schedule import check_lr, epoch_steps, split_batch
 from .optim import check_trainable, sgd, usable_precision
 from .recipes import (Recipe, detector_arguments, load_recipe, recipe_differences, recipe_schedule,
                                 save_recipe)
-from .evaluate import evaluate, table
+from .evaluate import detect
 
 # %% ../nbs/64_train.ipynb #f36dd3dc
 def build_detector(
@@ -312,28 +312,43 @@ def _eval_loader(run, index, all_images=False):
     return eval_loader(index, short=meta['short_side'], long=meta['long_side'], buckets=recipe.buckets,
                        workers=recipe.workers, **share)
 
-def _evaluation(run, watch):
-    "COCO's numbers of the model as it is; from the run folder, if they are there."
-    file, accelerator = run.out/'eval'/f'step_{run.step:08}.json', run.accelerator
-    if done := by_main(lambda: read_evaluation(file), accelerator): return done
-    loader = watch.each(_eval_loader(run, run.val), f'evaluation after step {run.step}')
-    results = evaluate(run.detector, run.val, loader, accelerator=accelerator)
-    results = dict(step=run.step, epoch=run.step / run.epoch, **results)
-    if accelerator.is_main_process:
-        new = file.with_suffix('.new')
-        new.write_text(json.dumps(results, indent=1))
-        sync(new)
-        new.rename(file)
-    return results
-
 # %% ../nbs/64_train.ipynb #8a1780f9
-def _save(run):
-    "A checkpoint of the run, by the main process."
+def _results(run):
+    "COCO's numbers after this step, the same in every process; None where there are none so far."
+    return by_main(lambda: read_evaluation(run.out/'eval'/f'step_{run.step:08}.json'), run.accelerator)
+
+def _evaluate(run, watch, behind, send):
+    "Detect now, and have counted behind the loop, unless the numbers are there; they are sent on."
+    if done := _results(run): return behind.give('trackers', partial(send, done))
+    loader = watch.each(_eval_loader(run, run.val), f'evaluation after step {run.step}')
+    records = detect(run.detector, run.val, loader, run.accelerator)
+    if records is None: return  # the main process has them
+    about, process = dict(step=run.step, epoch=run.step / run.epoch), start_count()
+    def count():
+        tables = count_apart(process, run.val, records, ['bbox', 'segm'][:1 + run.recipe.masks])
+        results = {**about, **tables, 'images': len(run.val)}
+        write_file(run.out/'eval'/f"step_{about['step']:08}.json", json.dumps(results, indent=1).encode())
+        send(results)
+    behind.give(f'the count of step {run.step}', count)
+
+# %% ../nbs/64_train.ipynb #06565c0f
+def _settle(run, watch, behind):
+    "Wait, all processes together, until nothing is left behind; each task done is progress."
+    while left := by_main(behind.left, run.accelerator):
+        watch.mark(left)
+        by_main(behind.wait, run.accelerator)
+
+def _save(run, watch, behind):
+    "A checkpoint of the run as it is now, by the main process."
+    _settle(run, watch, behind)
     if not run.accelerator.is_main_process: return
     state = dict(step=run.step, epoch=run.step / run.epoch, images=run.images.cache.stem)
-    best = max(evaluations(run.out), key=lambda o: o['bbox']['AP'] or 0, default={}).get('step')
-    save_checkpoint(run.out/'checkpoints', run.detector, run.optimizer, state, run.recipe.keep, best,
-                    run.meta)
+    taken = snapshot(run.detector, run.optimizer)
+    def write():
+        best = max(evaluations(run.out), key=lambda o: o['bbox']['AP'] or 0, default={}).get('step')
+        save_checkpoint(run.out/'checkpoints', run.detector, run.optimizer, state, run.recipe.keep, best,
+                        run.meta, taken)
+    behind.give(f'the checkpoint of step {run.step}', write)
 
 # %% ../nbs/64_train.ipynb #ec976a8d
 def draw_curves(
@@ -383,11 +398,13 @@ def draw_predictions(
 
 # %% ../nbs/64_train.ipynb #7f828b22
 def _finish(run):
-    "Write the final weights and the pictures, by the main process."
-    if not run.accelerator.is_main_process: return
-    save_model(run.out/'model.safetensors', run.detector, run.meta)
-    draw_curves(run.out)
-    draw_predictions(run)
+    "Write the final weights and the pictures, by the main process; the last evaluation, for all."
+    results = _results(run)
+    if run.accelerator.is_main_process:
+        save_model(run.out/'model.safetensors', run.detector, run.meta)
+        draw_curves(run.out)
+        draw_predictions(run)
+    return results
 
 # %% ../nbs/64_train.ipynb #a0a2abd9
 @cache
@@ -411,11 +428,11 @@ def _stream(run):
     return batches(run.images, run.recipe, run.step, a.process_index, a.num_processes, run.parts)
 
 def _around(run, track, progress):
-    "What is around the loop: signals, trackers, the watch."
+    "What is around the loop: signals, trackers, the watch, and what is done behind it."
     recipe, a = run.recipe, run.accelerator
     tracked = Trackers(track, run.out, asdict(recipe), run.step, a, quiet=not progress)
     watched = Watch(run.out/'processes', a.process_index, a.num_processes, recipe.hang_timeout)
-    return StopSignals(), tracked, watched
+    return StopSignals(), tracked, watched, Behind()
 
 def _step(run, parts, report):
     "One step with this process's parts of a batch; the lr that it had."
@@ -427,6 +444,11 @@ def _step(run, parts, report):
     report.add(losses, torch.cat([o.image_ids for o in parts]), skipped)
     run.step += 1
     return lr
+
+def _line(run, lr, report, behind, send):
+    "A line of the log now, for trackers behind the loop."
+    line = write_line(report, run.step, run.step / run.epoch, lr)
+    behind.give('trackers', partial(send, line))
 
 # %% ../nbs/64_train.ipynb #b3d3e89a
 def train(
@@ -440,25 +462,24 @@ def train(
 )->dict: # the last evaluation; empty when a signal stopped the run
     "Train to the end of the schedule, from the newest checkpoint if there is one."
     track, run = check_trackers(track), Run(recipe, coco, out, cpu)
-    accelerator, last = run.accelerator, run.schedule.steps
-    report = Report(run.out/'log.jsonl', accelerator, last, run.step, progress)
-    data = _stream(run)
-    signals, tracked, watched = _around(run, track, progress)
-    with signals as stop, tracked as trackers, watched as watch:
-        while True:
-            if _due(run): trackers.send(results := _evaluation(run, watch)); report.restart()
+    data, last, asked = _stream(run), run.schedule.steps, 0
+    report = Report(run.out/'log.jsonl', run.accelerator, last, run.step, progress)
+    signals, tracked, watched, worker = _around(run, track, progress)
+    with signals as stop, tracked as trackers, watched as watch, worker as behind:
+        while not asked:
+            if _due(run): _evaluate(run, watch, behind, trackers.send); report.restart()
             if run.step == last: break
             watch.mark(f'images of step {run.step + 1}')
             parts = next(data)
             watch.mark(f'step {run.step + 1}')
             lr = _step(run, parts, report)
-            line, asked = run.step % recipe.report_every == 0, stop.agreed(accelerator, run.step)
+            behind.check()
+            line, asked = run.step % recipe.report_every == 0, stop.agreed(run.accelerator, run.step)
             save = asked or _due(run) or run.step % recipe.checkpoint_every == 0
-            if line or save: trackers.send(write_line(report, run.step, run.step / run.epoch, lr))
-            if save: _save(run)
-            if asked: return {}
-    _finish(run)
-    return results
+            if line or save: _line(run, lr, report, behind, trackers.send)
+            if save: _save(run, watch, behind)
+        _settle(run, watch, behind)
+    return {} if asked else _finish(run)
 
 # %% ../nbs/64_train.ipynb #241c59ad
 def _again(args): return f'the same command goes on from the newest checkpoint in {args.out}'

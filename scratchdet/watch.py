@@ -161,6 +161,7 @@ def lost_process(
     error:Exception, # that ended this process
 )->str: # which process is gone; empty if the error has another reason
     "What to say of an error that means that another process is gone."
+    if isinstance(error, ChildProcessError): return str(error)
     if isinstance(error, torch.distributed.DistError) or 'gloo/transport' in str(error):
         return 'another process of this run is gone'
     if 'DataLoader worker' not in str(error) and not isinstance(error, (ConnectionError, EOFError)): return ''

@@ -13,9 +13,9 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from scratchdet.coco import coco_split, load_index
+from scratchdet.count import coco_ap, ground_truth, numbers, run_hotcoco, run_pycocotools
 from scratchdet.detector import mask_rcnn
-from scratchdet.evaluate import (coco_ap, detect, evaluate, ground_truth, main, numbers, parse_args, run_hotcoco,
-                                 run_pycocotools)
+from scratchdet.evaluate import detect, evaluate, main, parse_args
 from scratchdet.loader import eval_loader
 from scratchdet.masks import mask_to_rle
 from scratchdet.toy import make_toy

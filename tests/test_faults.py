@@ -148,7 +148,7 @@ def test_the_disk_is_full(toy, tmp_path, single):  # noqa: F811
                                preexec_fn=limit, env=env)
     status, said = seen(process)
     assert status == 1 and 'step_00000003: cannot be written' in said and 'MB' in said and 'Traceback' not in said
-    assert len(losses(out)) == 3 and not checkpoints(out/'checkpoints') and not list((out/'checkpoints').iterdir())
+    assert 3 <= len(losses(out)) <= 6 and not list((out/'checkpoints').iterdir())        # the next save waits for this one
     goes_on(out, toy, single, 1)
 
 

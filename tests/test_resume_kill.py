@@ -21,16 +21,18 @@ from scratchdet.toy import make_toy
 
 # A process that has imported everything and forks one that trains for each line: a start costs no import.
 STARTER = '''
-import json, os, sys
+import json, os, sys, time
 import scratchdet.train as module
 build, step = module.build_detector, module.train_step
 
 def double(*args): return build(*args).double()
 
-def stopping(steps):
+def stopping(steps, wanted):
     def train_step(*args):
         nonlocal steps
-        if not steps: os._exit(3)
+        if not steps:
+            while not os.path.exists(wanted): time.sleep(.01)  # a checkpoint is written behind the loop
+            os._exit(3)
         steps -= 1
         return step(*args)
     return train_step
@@ -41,7 +43,7 @@ def child(job, rank):
                                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(job['port']))
     sys.stdout = sys.stderr = open(job['said'], 'a', buffering=1)
     if job['double']: module.build_detector = double
-    if job['steps']: module.train_step = stopping(job['steps'])
+    if job['steps']: module.train_step = stopping(job['steps'], job['wanted'])
     module.main(module.parse_args(job['words']))
 
 for line in sys.stdin:
@@ -63,13 +65,14 @@ class Starter:
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'SCRATCHDET_CACHE': str(folder/'cache')}
         self.process = subprocess.Popen([sys.executable, '-c', STARTER], 0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
 
-    def start(self, recipe, out, processes=1, double=False, steps=0):
-        "Begin to train; in float64, and only for so many steps, if asked. The numbers of the processes."
+    def start(self, recipe, out, processes=1, double=False, steps=0, newest=0):
+        "Begin to train; in float64, and only for so many steps and until a checkpoint is there, if asked. The numbers of the processes."
         with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
         words = command(recipe, self.coco, out)[3:]
         self.said = Path(f'{out}.said')
         self.said.write_text('')
-        job = dict(words=words, processes=processes, double=double, steps=steps, port=port, said=str(self.said))
+        job = dict(words=words, processes=processes, double=double, steps=steps, port=port, said=str(self.said),
+                   wanted=f'{out}/checkpoints/step_{newest:08}')
         self.process.stdin.write((json.dumps(job) + '\n').encode())
         self.pids = [int(o) for o in self.process.stdout.readline().split()]
         return self.pids
@@ -190,7 +193,7 @@ def test_signals_stop_a_run_after_a_checkpoint(starter, exact, tmp_path):
 def test_another_number_of_processes(before, after, starter, exact, tmp_path):
     "Killed before step 7, resumed from step 6, in float64: the losses are those of one process throughout."
     out = tmp_path/'run'
-    status, said = starter.run(short, out, processes=before, double=True, steps=7)
+    status, said = starter.run(short, out, processes=before, double=True, steps=7, newest=6)
     assert len(status) == before and set(status) == {3}, said
     assert checkpoints(out/'checkpoints')[-1].name == 'step_00000006' and len(losses(out)) == 7
     status, said = starter.run(short, out, processes=after, double=True)
