@@ -1,7 +1,8 @@
 """What a training loop loses at a checkpoint and at the counting of an evaluation: done by the loop itself, and behind it.
 
 The checkpoint is that of Mask R-CNN, R-50-FPN with GroupNorm: weights and velocities. The evaluation is generated as `evaluation.py` does. A step of the loop is
-many small matrix products, each a call from Python, as in the loop that feeds a GPU. Lost is the time beyond that of the steps that were done meanwhile.
+many small matrix products, each a call from Python, as in the loop that feeds a GPU. It stands still until a task is given, and in its longest step while the
+task is done; what it loses besides, because both share processor and memory, is in `lost`: the time beyond that of as many usual steps.
 
     python benchmarks/overlap.py --out results/overlap.json
 """
@@ -35,17 +36,17 @@ def step(products=200):
 
 
 def beside(begin):
-    "Do steps while a task is done behind the loop: seconds that the loop lost, and until the task was done. `begin` says what to do."
+    "Do steps while what `begin` returns is done behind the loop: seconds that the loop stood still, lost, and until it was done."
     usual = statistics.median(seconds_of(step) for _ in range(100))
     with Behind() as behind:
-        start, steps = time.perf_counter(), 0
+        start, took = time.perf_counter(), []
         behind.give('task', begin())
+        given = time.perf_counter() - start
         while behind.tasks:
-            step()
-            steps += 1
+            took.append(seconds_of(step))
             behind.check()
         seconds = time.perf_counter() - start
-    return dict(lost=seconds - steps * usual, seconds=seconds, steps=steps, step=usual)
+    return dict(still=given + max(took) - usual, given=given, lost=seconds - len(took) * usual, seconds=seconds, steps=len(took), step=usual)
 
 
 def both_ways(by_loop, begin, repeats):
@@ -53,7 +54,7 @@ def both_ways(by_loop, begin, repeats):
     found = dict(loop=[], behind=[])
     for _ in range(repeats + 1):
         seconds = seconds_of(by_loop)
-        found['loop'].append(dict(lost=seconds, seconds=seconds))
+        found['loop'].append(dict(still=seconds, lost=seconds, seconds=seconds))
         found['behind'].append(beside(begin))
     return {k: v[1:] for k, v in found.items()}
 
@@ -68,8 +69,10 @@ def checkpoint(root, args):
     velocities, numbers = {k: optimizer.state[p]['momentum_buffer'] for k, p in model.named_parameters()}, iter(range(10 ** 6))
     def save(taken): return save_checkpoint(root/'checkpoints', model, optimizer, dict(step=next(numbers)), keep=1, taken=taken)
     def by_loop(): save((model.state_dict(), velocities))  # without a copy
+    taken = {}, {}
     def begin():
-        taken = snapshot(model, optimizer)
+        nonlocal taken
+        taken = snapshot(model, optimizer, taken)
         return lambda: save(taken)
     found = both_ways(by_loop, begin, args.repeats)
     size = sum(o.stat().st_size for o in (root/'checkpoints').glob('step_*/*')) / 1e6
@@ -113,7 +116,8 @@ def main():
         for name, do in dict(checkpoint=checkpoint, evaluation=evaluation).items():
             result[name], result['parts'][name] = do(Path(root), args)
             for way, rows in result[name].items():
-                print(f'{result["parts"][name]}, {way}: {statistics.median(o["lost"] for o in rows):.3f} s lost', flush=True)
+                still, lost, seconds = (statistics.median(o[k] for o in rows) for k in ('still', 'lost', 'seconds'))
+                print(f'{result["parts"][name]}, {way}: stands still for {still:.3f} s, loses {lost:.3f} s, done after {seconds:.3f} s', flush=True)
     write(args.out, result)
 
 

@@ -42,8 +42,8 @@ def bars(name, o):
     if name == 'counting': yield 'COCO evaluation over pycocotools', o['ratio'], .1
     if name == 'overlap':
         for k in o['parts']:
-            behind, loop = (statistics.median(v['lost'] for v in o[k][way]) for way in ('behind', 'loop'))
-            yield f'{k}, lost behind the loop over lost in it', behind / loop, .5
+            behind, loop = (statistics.median(v['still'] for v in o[k][way]) for way in ('behind', 'loop'))
+            yield f'{k}, standstill of a loop over that of one that does it itself', behind / loop, .5
     if name == 'start':
         yield '--help, s', max(min(v) for v in o['help_seconds'].values()), 3.
         yield 'to the first step, s', sorted(o['first_step_seconds'])[len(o['first_step_seconds']) // 2], 10.

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Behind']
 
-# %% ../nbs/58_behind.ipynb #99d88d5a
+# %% ../nbs/58_behind.ipynb #c62617cb
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-# %% ../nbs/58_behind.ipynb #7b61f0cf
+# %% ../nbs/58_behind.ipynb #80b845b9
 def _unless_failed(behind, do):
     "Do it, if all before it was done."
     if behind.failed: return
@@ -26,7 +26,7 @@ def _tell(tasks, error):
         if error is None: raise failed
         warnings.warn(f'{name}: {failed}', stacklevel=3)
 
-# %% ../nbs/58_behind.ipynb #d198c424
+# %% ../nbs/58_behind.ipynb #6dd67928
 class Behind:
     "Within it, tasks are done beside the loop, one after another; it ends when all of them are done."
     def __enter__(self):

@@ -9,9 +9,10 @@ __all__ = ['verify_checkpoint', 'checkpoints', 'snapshot', 'save_checkpoint', 'f
 import hashlib, json, re, shutil, warnings
 from pathlib import Path
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
-from .weights import save_model, sync
+from .weights import describe, sync
 
 # %% ../nbs/54_resume.ipynb #179364fa
 def _digest(file):
@@ -73,21 +74,24 @@ def checkpoints(
 def snapshot(
     model:nn.Module, # `Detector`, not wrapped
     optimizer, # with SGD's momentum
+    into:tuple=({}, {}), # an older snapshot that nobody needs any more, which is overwritten
 )->tuple: # {name: Tensor} of the weights, and of the velocities, in host memory
     "What a checkpoint holds of a model and its optimizer, as they are now."
     names = {p: k for k, p in model.named_parameters()}
     velocities = {names[p]: o['momentum_buffer'] for p, o in optimizer.state.items()}
-    def copied(x): return torch.empty(x.shape, dtype=x.dtype).copy_(x.detach())
-    return tuple({k: copied(v) for k, v in o.items()} for o in (model.state_dict(), velocities))
+    def copied(x, old): return (torch.empty(x.shape, dtype=x.dtype) if old is None else old).copy_(x.detach())
+    pairs = zip((model.state_dict(), velocities), into)
+    return tuple({k: copied(v, old.get(k)) for k, v in now.items()} for now, old in pairs)
 
 # %% ../nbs/54_resume.ipynb #e9d6f690
 def _write(path, model, weights, momentum, state, meta):
     "A checkpoint at `path`, which is not there or is damaged."
     new = path.with_name(f'.new_{path.name}')
     new.mkdir(parents=True)
-    save_model(new/'model.safetensors', model, meta, weights)
-    (new/'momentum.safetensors').write_bytes(save(momentum))
+    save_file(weights, new/'model.safetensors', dict(scratchdet=describe(model, meta)))
+    save_file(momentum, new/'momentum.safetensors')
     (new/'state.json').write_text(json.dumps(state, indent=1))
+    for o in new.glob('*.safetensors'): shutil.copymode(new/'state.json', o)  # it lets nobody else read
     manifest = {o.name: _digest(o) for o in sorted(new.iterdir())}
     (new/'manifest.json').write_text(json.dumps(manifest, indent=1))
     for o in (*new.iterdir(), new): sync(o)
@@ -116,7 +120,7 @@ def save_checkpoint(
     for o in path.parent.glob('.*_step_*'): shutil.rmtree(o)
     weights, momentum = taken or snapshot(model, optimizer)
     try: _write(path, model, weights, momentum, state, meta)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         shutil.rmtree(path.with_name(f'.new_{path.name}'), ignore_errors=True)
         raise OSError(_failure(path, weights, momentum, e)) from e
     old = [o for o in checkpoints(folder) if o <= path][:-keep]

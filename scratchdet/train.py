@@ -297,7 +297,7 @@ class Run:
         names, ids = list(self.images.names), self.images.category_ids.tolist()
         self.meta = dict(category_ids=ids, category_names=names, short_side=recipe.short_sides[-1],
                          long_side=recipe.long_side)
-        self.step = _resume(self)
+        self.step, self.taken = _resume(self), ({}, {})
 
 # %% ../nbs/64_train.ipynb #8e1b6212
 def _due(run):
@@ -343,11 +343,11 @@ def _save(run, watch, behind):
     _settle(run, watch, behind)
     if not run.accelerator.is_main_process: return
     state = dict(step=run.step, epoch=run.step / run.epoch, images=run.images.cache.stem)
-    taken = snapshot(run.detector, run.optimizer)
+    run.taken = snapshot(run.detector, run.optimizer, run.taken)
     def write():
         best = max(evaluations(run.out), key=lambda o: o['bbox']['AP'] or 0, default={}).get('step')
         save_checkpoint(run.out/'checkpoints', run.detector, run.optimizer, state, run.recipe.keep, best,
-                        run.meta, taken)
+                        run.meta, run.taken)
     behind.give(f'the checkpoint of step {run.step}', write)
 
 # %% ../nbs/64_train.ipynb #ec976a8d

@@ -176,10 +176,9 @@ def save_model(
     path:str, # of the file, `.safetensors`, in a folder that exists
     model:Detector, # from `mask_rcnn` or `faster_rcnn`
     meta:dict=None, # json-able; `category_ids` and `category_names` of the K classes, and whatever else
-    weights:dict=None, # {name: Tensor} to write; by default those that the model has now
 )->Path: # `path`
     "Weights, constructor arguments and `meta` in one safetensors file, complete or not there at all."
-    state = {k: v.detach().contiguous() for k, v in (weights or model.state_dict()).items()}
+    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     return write_file(path, save(state, dict(scratchdet=describe(model, meta))))
 
 # %% ../nbs/52_weights.ipynb #5b15fb7f

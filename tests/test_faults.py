@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import context, run_ranks
 from runs import command, finish, log, losses, start, tiny, toy  # noqa: F401  (a fixture)
 
 import scratchdet.loader
@@ -98,6 +98,32 @@ def test_a_disk_that_does_not_answer(toy, tmp_path):  # noqa: F811
     assert any('no progress for 4 s; process 1 (pid' in o for o in said), said
     for o in said: assert not o or 'hangs at images of step' in o and 'process 0' not in o
     assert checkpoints(out/'checkpoints')
+
+
+def slowly(name, seconds):
+    "Let a function of the training page take longer."
+    true = getattr(scratchdet.train, name)
+    setattr(scratchdet.train, name, lambda *args: (time.sleep(seconds), true(*args))[1])
+
+
+def late(out, toy, seconds):  # noqa: F811
+    "Train under a watch of three seconds; writing a checkpoint and counting take so long each. What is said goes to a file."
+    slowly('save_checkpoint', seconds), slowly('count_apart', seconds)
+    sys.stderr = open(out.with_suffix('.said'), 'a')
+    return train(replace(tiny, epochs=1, checkpoint_every=100, hang_timeout=3), toy, out, progress=False)['step']
+
+
+def test_the_watch_lets_slow_tasks_pass(toy, tmp_path):  # noqa: F811
+    "Together they take longer than it waits; each of them is progress, in both processes."
+    assert run_ranks(late, 2, tmp_path/'run', toy, 1.8) == [4, 4]
+
+
+def test_the_watch_sees_a_task_that_hangs(toy, tmp_path):  # noqa: F811
+    process = context.Process(target=late, args=(tmp_path/'run', toy, 600))
+    process.start()
+    process.join(60)
+    said = (tmp_path/'run.said').read_text()
+    assert process.exitcode == 1 and 'no progress for 3 s; process 0 (pid' in said and 'hangs at the checkpoint of step 4, behind.py:' in said
 
 
 @pytest.mark.parametrize('number,all', [(signal.SIGUSR1, False), (signal.SIGTERM, True), (signal.SIGINT, True)])

@@ -211,6 +211,13 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(points):
     assert same_states(state(other, its), state(model, optimizer)) and listing(folder) == step_names(1, 2, 3)
 
 
+def test_who_may_read_one_file_may_read_all(points):
+    "safetensors gives its files to their owner alone."
+    modes = {o.stat().st_mode & 0o777 for o in points[0].glob('step_*/*')}
+    (points[0]/'usual').write_text('')
+    assert modes == {(points[0]/'usual').stat().st_mode & 0o777}
+
+
 def test_which_are_kept(tmp_path):
     model, optimizer = small()
     for t in range(1, 9): save_checkpoint(tmp_path, model, optimizer, dict(step=t), keep=2, best=3 if t > 3 else None)
@@ -244,7 +251,7 @@ def test_the_room_that_is_missing_is_said(points, monkeypatch):
     size = sum(o.stat().st_size for o in (folder/'step_00000003').iterdir())
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(0, 0, 1_500_000))
     def full(*_, **__): raise OSError(28, 'No space left on device')
-    for owner, name in ((Path, 'mkdir'), (writer, 'save_model'), (writer, 'save'), (Path, 'write_text'), (writer, 'sync'), (Path, 'rename')):
+    for owner, name in ((Path, 'mkdir'), (writer, 'save_file'), (Path, 'write_text'), (writer, 'sync'), (Path, 'rename')):
         with monkeypatch.context() as m:
             m.setattr(owner, name, full)
             with pytest.raises(OSError, match='No space left') as e: save_checkpoint(folder, model, optimizer, dict(step=4))
@@ -256,7 +263,7 @@ def test_the_room_that_is_missing_is_said(points, monkeypatch):
 class Killed(BaseException): "Stands for a process that is no more."
 
 
-@pytest.mark.parametrize('place', ['save_model', 'save', 'sync', 'rename', 'rmtree', 'unlink', 'rmdir', '_digest'])
+@pytest.mark.parametrize('place', ['save_file', 'sync', 'rename', 'rmtree', 'unlink', 'rmdir', '_digest'])
 @pytest.mark.parametrize('damaged', [False, True])
 def test_a_kill_while_a_checkpoint_is_written(place, damaged, tmp_path, monkeypatch):
     "Whatever call is the last, a good checkpoint is there, and it is the old one or the new one."
