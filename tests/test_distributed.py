@@ -112,7 +112,7 @@ def run_in_double(recipe, coco, out):
 
 def test_twenty_steps_on_one_and_on_two_processes(toy, tmp_path):  # noqa: F811
     "The same losses at every step, and the same table at the end, in float64; two processes in two parts each."
-    recipe = replace(tiny, epochs=5, warmup=10, checkpoint_every=100, eval_every=2)
+    recipe = replace(tiny, epochs=5, warmup=10, checkpoint_every=100, eval_every=4)
     one = run_ranks(run_in_double, 1, recipe, toy, tmp_path/'one')
     two = run_ranks(run_in_double, 2, replace(recipe, images_per_process=1), toy, tmp_path/'two')
     a, b = losses(tmp_path/'one'), losses(tmp_path/'two')
@@ -122,7 +122,7 @@ def test_twenty_steps_on_one_and_on_two_processes(toy, tmp_path):  # noqa: F811
     assert far <= 1e-6
     assert two[0] == two[1] == one[0]
     files = [[(o.name, o.read_bytes()) for o in sorted((tmp_path/out/'eval').iterdir())] for out in ('one', 'two')]
-    assert files[0] == files[1] and [int(name[5:13]) for name, _ in files[0]] == [8, 16, 20]
+    assert files[0] == files[1] and [int(name[5:13]) for name, _ in files[0]] == [16, 20]
 
 
 def test_two_machines_run_the_launch_file(toy, tmp_path):  # noqa: F811

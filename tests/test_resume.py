@@ -352,7 +352,7 @@ def test_a_run_goes_on_in_other_parts(toy, tmp_path, monkeypatch, straight):
     with pytest.raises(ValueError, match='seed: 0 -> 1'): train(replace(tiny, seed=1), toy, out, progress=False)
 
 
-@pytest.mark.parametrize('place', ['detect', 'count_apart', 'write_file'])
+@pytest.mark.parametrize('place', ['detect', 'write_file'])
 def test_an_evaluation_that_was_cut_short_is_done_again(place, toy, tmp_path, monkeypatch):
     "Also by a kill after it was counted, before it was written; no later checkpoint hides that it is missing."
     recipe = replace(tiny, eval_every=1)
