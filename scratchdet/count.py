@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['numbers', 'run_pycocotools', 'run_hotcoco', 'ground_truth', 'coco_ap', 'table', 'start_count', 'count_apart']
 
-# %% ../nbs/57_count.ipynb #68402d6c
+# %% ../nbs/57_count.ipynb #6593f4a4
 import contextlib, io, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import hotcoco, numpy as np, orjson
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-# %% ../nbs/57_count.ipynb #a78e7e0c
+# %% ../nbs/57_count.ipynb #2c01516a
 def _of_kind(detections, kind):
     "The records that the evaluation of `kind` may see: boxes without masks, or masks without boxes."
     other = dict(bbox='segmentation', segm='bbox')[kind]
@@ -35,7 +35,7 @@ def run_pycocotools(
         ev.evaluate(), ev.accumulate(), ev.summarize()
     return ev.stats, ev.eval['precision']
 
-# %% ../nbs/57_count.ipynb #f9164824
+# %% ../nbs/57_count.ipynb #9129e887
 def run_hotcoco(
     truth:dict, # a COCO dataset: images, annotations, categories
     detections:list, # COCO result records
@@ -48,7 +48,7 @@ def run_hotcoco(
     with contextlib.redirect_stdout(io.StringIO()): ev.summarize()
     return np.array(ev.stats), ev.eval['precision']
 
-# %% ../nbs/57_count.ipynb #d6eb5240
+# %% ../nbs/57_count.ipynb #cf8a1f41
 def ground_truth(
     index, # `CocoIndex` of the images that count
 )->dict: # `images`, `annotations`, `categories` as in COCO's files
@@ -63,7 +63,7 @@ def ground_truth(
     kinds = [dict(id=int(i), name=n) for i, n in zip(index.category_ids, index.names)]
     return dict(images=images, annotations=anns, categories=kinds)
 
-# %% ../nbs/57_count.ipynb #9eadfb03
+# %% ../nbs/57_count.ipynb #877980f8
 numbers = 'AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl'.split()
 
 def coco_ap(
@@ -80,7 +80,7 @@ def coco_ap(
     per = {n: number(x) for n, x in zip(names, each)}
     return {**{n: number(s) for n, s in zip(numbers, stats)}, 'per_category': per}
 
-# %% ../nbs/57_count.ipynb #83da22f7
+# %% ../nbs/57_count.ipynb #b216d142
 def _cell(x): return '    -' if x is None else f'{100*x:5.1f}'
 
 def table(
@@ -98,7 +98,7 @@ def table(
         rows.append(f'{name:<{width}}' + ''.join('  ' + _cell(o['per_category'][name]) for o in tables))
     return '\n'.join(rows)
 
-# %% ../nbs/57_count.ipynb #4d11f60f
+# %% ../nbs/57_count.ipynb #de68e8eb
 def _end_with(parent):
     "End this process when its parent is gone."
     while os.getppid() == parent: time.sleep(1)
@@ -122,7 +122,7 @@ def _serve():
     except Exception as e: answer = dict(error=f'{type(e).__name__}: {e}')
     with contextlib.suppress(BrokenPipeError), out: out.write(orjson.dumps(answer))
 
-# %% ../nbs/57_count.ipynb #68e9558d
+# %% ../nbs/57_count.ipynb #eaf1b40b
 def start_count(
 )->subprocess.Popen: # for `count_apart`
     "Start a process that waits for something to count."
@@ -132,7 +132,7 @@ def start_count(
     try: return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-# %% ../nbs/57_count.ipynb #b9f60900
+# %% ../nbs/57_count.ipynb #4ca6e629
 def _send(process, index, records, kinds, part=5000):
     "All that `_serve` needs."
     arrays = {k: getattr(index, k).tolist() for k in ('image_ids', 'sizes', 'category_ids')}
@@ -158,5 +158,5 @@ def count_apart(
     if not (error := tables.get('error')): return tables
     raise ValueError(f'{index.json_path}: detections cannot be counted: {error}')
 
-# %% ../nbs/57_count.ipynb #f228d98b
+# %% ../nbs/57_count.ipynb #df0a20c9
 if __name__ == '__main__' and __spec__: _serve()
