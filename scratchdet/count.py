@@ -126,7 +126,7 @@ def _serve():
 def start_count(
 )->subprocess.Popen: # for `count_apart`
     "Start a process that waits for something to count."
-    words = [sys.executable, '-m', 'scratchdet.count', str(os.getpid())]
+    words = [sys.executable, '-c', 'from scratchdet.count import _serve; _serve()', str(os.getpid())]
     env = {'RAYON_NUM_THREADS': '1', **os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try: return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
@@ -157,6 +157,3 @@ def count_apart(
     tables = orjson.loads(answer)
     if not (error := tables.get('error')): return tables
     raise ValueError(f'{index.json_path}: detections cannot be counted: {error}')
-
-# %% ../nbs/57_count.ipynb #df0a20c9
-if __name__ == '__main__' and __spec__: _serve()
