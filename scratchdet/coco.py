@@ -245,7 +245,7 @@ def rles(
     fields = [self.segmentation(row) for row in rows]
     for row in (row for row, o in zip(rows, fields) if o is None):
         what = f'annotation {self.arrays["annotation_ids"][row]} has no segmentation'
-        raise _wrong(self.json_path, what, 'add one, or train a model without masks (faster_rcnn)')
+        raise _wrong(self.json_path, what, 'add one, or train without masks (--set masks=false)')
     return [to_rle(o, h, w) for o in fields]
 
 # %% ../nbs/10_coco.ipynb #e4f9da29

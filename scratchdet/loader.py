@@ -280,7 +280,7 @@ def _check_masks(index):
     lacks = (a['status'] == trained) & (np.diff(a['ring_first']) == 0) & (np.diff(a['rle_first']) == 0)
     for row in np.flatnonzero(lacks)[:1]:
         what = f'annotation {a["annotation_ids"][row]} has no segmentation ({lacks.sum()} such annotations)'
-        raise ValueError(f'{index.json_path}: {what}: add them, or train a model without masks (faster_rcnn)')
+        raise ValueError(f'{index.json_path}: {what}: add them, or train without masks (--set masks=false)')
 
 # %% ../nbs/12_loader.ipynb #ad05c72f
 class _Caught(Dataset):

@@ -201,7 +201,7 @@ def _predict_all(args, model, scale):
         records += detections_to_coco(det, ids[i], [o['id'] for o in kinds])
     files, sizes, ids, paths = zip(*done) if done else [()] * 4
     doc = to_coco(files, sizes, ids, records, kinds)
-    write_file(Path(args.out)/'predictions.json', orjson.dumps(doc))
+    if done or not bad: write_file(Path(args.out)/'predictions.json', orjson.dumps(doc))
     return list(paths), len(records), bad
 
 # %% ../nbs/65_predict.ipynb #370de19f
@@ -218,7 +218,7 @@ def main(
         paths, found, bad = _predict_all(args, model, scale)
     except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.predict: {e}')
     less = '' if found else f'; nothing scores {args.score:g} or more: --score takes less'
-    if not args.quiet: print(f'{len(paths)} pictures with {found} detections in {args.out}{less}')
+    if paths and not args.quiet: print(f'{len(paths)} pictures with {found} detections in {args.out}{less}')
     if bad: raise SystemExit('\n'.join(f'scratchdet.predict: {o}' for o in bad))
     return paths
 

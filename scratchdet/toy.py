@@ -228,7 +228,7 @@ def _is_made(root, stamp, made):
     try: found = json.loads(file.read_text()) if file.is_file() else f'something else (it has no {stamp})'
     except ValueError: found = f'a damaged {stamp}'
     if found == made: return True
-    raise FileExistsError(f'{root} holds {found}, not {made}: give another folder, or delete this one')
+    raise FileExistsError(f'{root} holds {found}, not {made}: give another folder')
 
 def _make_once(root, stamp, made, fill):
     "Make a folder by `fill(folder)` and rename it when it is whole; or find it, made of the same arguments."

@@ -155,7 +155,7 @@ def curves(
         if 1 < smooth <= len(ys):
             ax.plot(xs, ys, color=colour, alpha=.25, lw=1)
             xs, ys = xs[smooth - 1:], ys.unfold(0, smooth, 1).mean(-1)
-        ax.plot(xs, ys, color=colour, lw=1.5, label=name)
+        ax.plot(xs, ys, color=colour, lw=1.5, label=name, marker='o' if len(xs) == 1 else None)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if series: ax.legend(fontsize=8)
     return ax
