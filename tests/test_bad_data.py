@@ -215,7 +215,7 @@ def test_object_without_segmentation(write, segmentation):
         set_ann('segmentation', segmentation)
     index = write(edited(change))
     assert len(next(iter(train_loader(index, batch_size=2, masks=False))).boxes) == 2
-    with pytest.raises(ValueError, match=r'a\.json: annotation 10 has no segmentation \(1 such.*faster_rcnn'):
+    with pytest.raises(ValueError, match=r'a\.json: annotation 10 has no segmentation \(1 such.*masks=false'):
         train_loader(index, batch_size=2)
     with pytest.raises(ValueError, match='annotation 10 has no segmentation'): index.bitmaps(0)
 
