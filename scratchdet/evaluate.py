@@ -38,13 +38,13 @@ if __name__ == '__main__' and __spec__: args = parse_args()
 # %% ../nbs/63_evaluate.ipynb #17bddfe5
 import sys
 from pathlib import Path
-from tempfile import TemporaryFile
 import orjson, torch
 from accelerate import Accelerator
 from torch import distributed, nn
 from tqdm import tqdm
 from .boxes import xyxy_to_xywh
 from .masks import mask_to_rle
+from .toy import make_folder
 from .coco import CocoIndex, coco_split, load_index
 from .loader import eval_loader
 from .mask_head import mask_rles
@@ -119,13 +119,6 @@ def detect(
     return None if found is None else [row for i in index.image_ids.tolist() for row in found[i]]
 
 # %% ../nbs/63_evaluate.ipynb #f851cbaa
-def _claim(out):
-    "Make the folder and try to write into it."
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out).close()
-    except OSError as e: raise OSError(f'{out} is no folder to write into ({e}): choose another --out') from e
-
 def _count(records, index, kinds, run, out):
     "The table of all records; with `out`, both are written there."
     truth = ground_truth(index)
@@ -147,7 +140,7 @@ def evaluate(
     run=run_hotcoco, # what counts: `run_hotcoco` or `run_pycocotools`
 )->dict: # `bbox` and, with a mask head, `segm`: each what `coco_ap` returns; `images`, their number
     "COCO AP of `detector` on the images of `index`, the same in every process."
-    if out: by_main(lambda: _claim(out), accelerator)
+    if out: by_main(lambda: make_folder(out), accelerator)
     records = detect(detector, index, loader, accelerator)
     model = accelerator.unwrap_model(detector) if accelerator else detector
     kinds = ['bbox'] if model.mask_head is None else ['bbox', 'segm']

@@ -44,6 +44,7 @@ import matplotlib.pyplot as plt
 import orjson, torch
 from tqdm import tqdm
 from .viz import draw, side_by_side
+from .toy import make_folder
 from .coco import CocoIndex, coco_split, load_index
 from .transforms import read_image, resize_image, resized_size
 from .loader import Sample, bucket_edges, bucket_shape, collate
@@ -214,7 +215,7 @@ def main(
         model = load_model(weights_file(args.weights)).to(device)
         short, long = eval_scale(model.meta, args.short, args.long)
         scale = dict(short=short, long=long, score=args.score)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        make_folder(args.out)
         paths, found, bad = _predict_all(args, model, scale)
     except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.predict: {e}')
     less = '' if found else f'; nothing scores {args.score:g} or more: --score takes less'

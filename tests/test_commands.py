@@ -118,6 +118,17 @@ def words(tmp_path_factory, toy):  # noqa: F811
 def test_all_commands_are_run(words): assert set(words) == set(commands)
 
 
+@pytest.mark.parametrize('name', ['coco', 'toy', 'evaluate', 'predict'])
+def test_a_file_in_place_of_a_folder(name, words, tmp_path):
+    "One line that names it, not Python's words; the file is as before."
+    (file := tmp_path/'notes.txt').write_text('kept')
+    module, first = import_module(f'scratchdet.{name}'), words[name].split()
+    for out in (file, file/'below'):
+        with pytest.raises(SystemExit) as e: module.main(module.parse_args([*first, '--out', str(out), '--quiet']))
+        assert e.value.code == f'scratchdet.{name}: {file} is a file: give a folder'
+    assert file.read_text() == 'kept'
+
+
 @each
 def test_quiet_is_quiet(name, words, capfd, recwarn):
     "Nothing to read where nothing is wrong, warnings that Python shows included."

@@ -328,10 +328,11 @@ class Idle(Perfect):
     def forward(self, batch): raise AssertionError('images were looked at before the folder')
 
 
-@pytest.mark.parametrize('out', ['file', 'file/inside', '/proc/none', '/proc'])
-def test_a_bad_folder_is_found_before_the_work(index, tmp_path, out):
+@pytest.mark.parametrize('out, says', [('file', 'is a file: give'), ('file/inside', 'file is a file: give'),
+                                       ('/proc/none', '/proc/none is no folder to write into'), ('/proc', '/proc is no folder to write into')])
+def test_a_bad_folder_is_found_before_the_work(index, tmp_path, out, says):
     (tmp_path/'file').write_text('kept')
-    with pytest.raises(OSError, match=f'{out} is no folder to write into'):
+    with pytest.raises(OSError, match=says):
         evaluate(Idle(index), index, loaders(index, 1)[0], out=tmp_path/out)
     assert (tmp_path/'file').read_text() == 'kept' and len(list(tmp_path.iterdir())) == 1
 

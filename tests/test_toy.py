@@ -211,6 +211,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert (tmp_path / 'mine' / 'thesis.txt').read_text() == 'precious' and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / 'mine').write_text('precious')
+    for o in ('mine', 'mine/toy'):
+        with pytest.raises(NotADirectoryError, match='mine is a file: give a folder'): make_toy(tmp_path / o, train=1, val=1)
+    assert (tmp_path / 'mine').read_text() == 'precious' and len(list(tmp_path.iterdir())) == 1
+
+
 def test_an_empty_folder_is_filled(tmp_path):
     (tmp_path / 'empty').mkdir()
     assert (make_toy(tmp_path / 'empty', train=1, val=1, size=(32, 48)) / 'toy.json').exists()
