@@ -14,9 +14,9 @@ def parse_args(
 )->argparse.Namespace: # weights, images or coco, out and the rest
     "The command line of `python -m scratchdet.predict`."
     p = argparse.ArgumentParser(prog='python -m scratchdet.predict', description='Find objects in images.')
-    p.add_argument('images', nargs='*', help='image files, and folders of them')
+    p.add_argument('images', nargs='*', help='image files, and folders of them (not the folders inside)')
     p.add_argument('--weights', required=True, metavar='FILE', help='or folder of a run, or hf://USER/NAME')
-    p.add_argument('--out', required=True, metavar='DIR', help='for the pictures and predictions.json')
+    p.add_argument('--out', required=True, metavar='DIR', help='for pictures, all JPEG, and predictions.json')
     p.add_argument('--coco', metavar='DIR', help='images and objects in COCO layout, drawn beside what '
                    'is found (default: none, the images given)')
     p.add_argument('--split', default='val', metavar='NAME', help='of --coco: train or val (default: val)')
@@ -39,6 +39,7 @@ def parse_args(
 if __name__ == '__main__' and __spec__: args = parse_args()
 
 # %% ../nbs/65_predict.ipynb #1eebd4b1
+from collections import Counter
 from pathlib import Path
 import matplotlib.pyplot as plt
 import orjson, torch
@@ -56,6 +57,12 @@ from .evaluate import check_categories, detections_to_coco, eval_scale
 # %% ../nbs/65_predict.ipynb #50181271
 suffixes = '.jpg', '.jpeg', '.png', '.webp', '.gif'
 
+def _passed_over(paths):
+    "What the folders among `paths` hold that is no image, as `2 .heic, 1 .txt`."
+    files = [o for path in map(Path, paths) if path.is_dir() for o in path.iterdir() if o.is_file()]
+    kinds = Counter(o.suffix.lower() or 'without suffix' for o in files if not o.name.startswith('.'))
+    return ', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()) if kind not in suffixes)
+
 def find_images(
     paths:list, # files and folders
 )->list: # of Path, each once
@@ -65,7 +72,10 @@ def find_images(
         if not path.exists():
             raise FileNotFoundError(f'{path} does not exist: give image files or folders of them')
         files = sorted(o for o in path.iterdir() if o.suffix.lower() in suffixes) if path.is_dir() else [path]
-        if not files: raise ValueError(f'{path} has no image ({", ".join(suffixes)}): give a folder that has')
+        if not files:
+            other = _passed_over([path])
+            but, do = (f', only {other}', 'convert these') if other else ('', 'give a folder that has')
+            raise ValueError(f'{path} has no image ({", ".join(suffixes)}){but}: {do}')
         found += files
     return list(dict.fromkeys(found))
 
@@ -160,14 +170,14 @@ def picture_paths(
     out:str, # folder of the pictures
 )->list: # of Path, one for each image
     "Where the picture of each image goes."
-    paths = [Path(out)/f'{Path(o).stem}.jpg' for o in files]
-    first = {}
+    out, files, first = Path(out), [Path(o) for o in files], {}
+    if out.resolve() in {o.parent.resolve() for o in files} | {o.resolve().parent for o in files}:
+        raise ValueError(f'{out} is a folder of images, and a second run would find its own pictures there: '
+                         f'choose another --out, {out/"found"} for example')
+    paths = [out/(o.name if o.suffix.lower() == '.jpg' else f'{o.name}.jpg') for o in files]
     for file, path in zip(files, paths):
-        if path in first:
+        if first.setdefault(path, file) != file:
             raise ValueError(f'{first[path]} and {file} would both become {path}: predict them in two runs')
-        if path.resolve() in {Path(o).resolve() for o in files}:
-            raise ValueError(f'the picture of {file} would replace {path}: choose another --out')
-        first[path] = file
     return paths
 
 # %% ../nbs/65_predict.ipynb #3b4dcfe0
@@ -216,6 +226,8 @@ def main(
         short, long = eval_scale(model.meta, args.short, args.long)
         scale = dict(short=short, long=long, score=args.score)
         make_folder(args.out)
+        if not args.quiet and (other := _passed_over(args.images)):
+            print(f'passed over: {other}; images are {", ".join(suffixes)}')
         paths, found, bad = _predict_all(args, model, scale)
     except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.predict: {e}')
     less = '' if found else f'; nothing scores {args.score:g} or more: --score takes less'

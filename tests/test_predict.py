@@ -3,9 +3,11 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from scratchdet import evaluate as evaluation, predict as prediction
 from scratchdet.coco import coco_split, load_index
@@ -69,6 +71,38 @@ def test_bad_images_do_not_stop_the_others(toy, weights, tmp_path, capsys):
     good = json.loads((tmp_path/'good/predictions.json').read_text())
     names = {o['id']: o['file_name'] for o in good['images']}
     assert [(by_name[o['image_id']], o['bbox']) for o in doc['annotations']] == [(names[o['image_id']], o['bbox']) for o in good['annotations']]
+
+
+def test_each_image_has_a_picture_of_its_own(toy, weights, tmp_path, capsys):
+    "Names that differ in the suffix alone; what is no image is counted on one line, without hidden files and folders."
+    jpg, folder = sorted((toy/'val2017').glob('*.jpg'))[0], tmp_path/'in'
+    (folder/'deep').mkdir(parents=True)
+    for name in ('dog.png', 'dog.webp', 'dog.gif', 'cat.jpeg', 'CAT.JPG'): Image.open(jpg).save(folder/name)
+    for name in ('a.bmp', 'b.TIF', 'c.tif', 'README', '.DS_Store'): (folder/name).touch()
+    words = [str(folder), '--weights', str(weights), '--out', str(folder/'found'), '--cpu']
+    for _ in range(2): paths = main(parse_args(words))  # its own pictures are not found again
+    names = {'dog.png.jpg', 'dog.webp.jpg', 'dog.gif.jpg', 'cat.jpeg.jpg', 'CAT.JPG'}
+    assert {o.name for o in paths} == {o.name for o in (folder/'found').iterdir()} - {'predictions.json'} == names
+    assert all(Image.open(o).format == 'JPEG' for o in paths)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0] == lines[2] == 'passed over: 1 .bmp, 2 .tif, 1 without suffix; images are .jpg, .jpeg, .png, .webp, .gif'
+    main(parse_args([*words, '--quiet']))
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('given, out', [('in', 'in'), ('in', 'link'), ('link', 'in'), ('in/a.png', 'in'), ('lone.png', 'in')])
+def test_pictures_never_lie_among_images(toy, weights, tmp_path, monkeypatch, given, out):
+    "A folder of images as --out, itself or by a link, would be read again with its pictures."
+    monkeypatch.chdir(tmp_path)
+    Path('in').mkdir()
+    Image.open(sorted((toy/'val2017').glob('*.jpg'))[0]).save('in/a.png')
+    Path('link').symlink_to('in')
+    Path('lone.png').symlink_to('in/a.png')
+    with pytest.raises(SystemExit, match=f'{out} is a folder of images, .*choose another --out, {out}/found for'):
+        main(parse_args([given, '--weights', str(weights), '--out', out, '--cpu', '--quiet']))
+    assert [o.name for o in Path('in').iterdir()] == ['a.png']
+    with pytest.raises(SystemExit, match='val2017 is a folder of images'):
+        main(parse_args(['--coco', str(toy), '--weights', str(weights), '--out', str(toy/'val2017'), '--cpu', '--quiet']))
 
 
 def test_a_data_set_with_a_bad_image(toy, weights, tmp_path):
@@ -140,13 +174,15 @@ def test_prediction_is_evaluation(toy, weights, tmp_path):
     (['none.jpg'], 'none.jpg does not exist'),
     (['notes.txt'], 'notes.txt is not an image'),
     (['torn.jpg'], 'torn.jpg is not an image'),
-    (['empty'], 'empty has no image'),
+    (['empty'], r'empty has no image \(.jpg, .*\): give a folder that has'),
+    (['phone'], r'phone has no image \(.jpg, .*\), only 1 .heic: convert these'),
     (['a/x.jpg', 'b/x.jpg'], 'would both become'),
     (['--coco', 'nowhere'], 'nowhere'),
 ])
 def test_faults_are_named_in_one_line(toy, weights, tmp_path, monkeypatch, words, fault):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'empty').mkdir()
+    for o in ('empty', 'phone'): (tmp_path/o).mkdir()
+    (tmp_path/'phone/a.heic').touch()
     (tmp_path/'notes.txt').write_text('no image')
     jpg = sorted((toy/'val2017').glob('*.jpg'))[0].read_bytes()
     (tmp_path/'torn.jpg').write_bytes(jpg[:40])
