@@ -6,7 +6,7 @@
 #   make long    the tests that take many minutes: tutorials as written, pages on real images, all benchmarks
 #   make fuzz    100,000 lying inputs; make fuzz INPUTS=1000000 for a night
 #   make install only the environment
-#   make help    all targets
+#   make help    all targets; make clean leaves .venv/ and demo/ as they are
 # make VENV=/somewhere/else PYTHON=python3.12 test   uses another environment and interpreter
 
 SHELL := /bin/bash

@@ -7,5 +7,4 @@
 set -euo pipefail
 out=$1; shift 1
 python -m scratchdet.toy --out "$out/toy" --train 1000 --val 200 --size 128 160 --seed 0
-accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    -m scratchdet.train --recipe demo --coco "$out/toy" --out "$out/run" "$@"
+python -m scratchdet.train --recipe demo --coco "$out/toy" --out "$out/run" --cpu "$@"

@@ -20,7 +20,7 @@ from .schedule import Schedule, check_lr, epoch_schedule, tail_schedule
 @dataclass(frozen=True)
 class ModelSettings:
     "What the detector looks like."
-    masks:bool=True # Mask R-CNN; False is Faster R-CNN
+    masks:bool=True # Mask R-CNN; otherwise Faster R-CNN
     blocks:tuple=(3, 4, 6, 3) # bottlenecks of the four stages
     width:int=64 # channels inside the first stage's bottlenecks
     channels:int=256 # channels of the pyramid and of the heads
@@ -41,7 +41,7 @@ class DataSettings:
     short_sides:tuple=(800,) # short side, px; of several one is drawn for each image
     long_side:int=1333 # longest side, px
     flip:float=.5 # share of images that are mirrored
-    buckets:bool=True # pad to a few shapes per orientation; False pads to a multiple of 32
+    buckets:bool=True # pad to a few shapes per orientation; otherwise to a multiple of 32
     on_bad_image:str='stop' # an unreadable training image: 'stop', or 'skip' it and count
 
 # %% ../nbs/62_recipes.ipynb #45cdd836
@@ -50,13 +50,13 @@ class LearnSettings:
     "How the weights change."
     batch_size:int=16 # images of a step, over all processes
     lr:float=.02 # learning rate after the warm-up
-    allow_lr_mismatch:bool=False # True: lr is meant although the linear rule gives another
+    allow_lr_mismatch:bool=False # whether lr is meant although the linear rule gives another
     momentum:float=.9 # of SGD
     weight_decay:float=1e-4 # of all but the norms' parameters
     warmup:int=500 # steps of linear warm-up
     warmup_factor:float=.001 # factor of lr in step 0; mmdetection 1.x and 2.x had 0.1
     epochs:int=73 # length of the run
-    milestones:tuple=(65, 71) # epochs after which lr drops
+    milestones:tuple=(65, 71) # epochs after which lr drops, if the run gets there
     iterations:int=0 # length in steps of 16 images, in place of epochs; 90000 is "1x"
     tail:tuple=(60_000, 20_000) # steps of 16 images that follow each drop, used with iterations
     gamma:float=.1 # factor of a drop
@@ -123,12 +123,14 @@ class Recipe(RunSettings, LearnSettings, DataSettings, ModelSettings):
         if wrong := list(_wrong(self)): raise ValueError(f'recipe {self.name}: ' + '; '.join(wrong))
 
 # %% ../nbs/62_recipes.ipynb #8114c754
-def settings_help()->str: # one line for each value
-    "Every value of a recipe: name, default, meaning."
+def settings_help(
+    recipe:Recipe, # whose values are shown
+)->str: # one line for each value
+    "Every value of a recipe: name, value, meaning."
     groups = ModelSettings, DataSettings, LearnSettings, RunSettings
-    rows = [(f.name, f.default, docments(o)[f.name]) for o in groups for f in fields(o)]
+    rows = [(f.name, getattr(recipe, f.name), docments(o)[f.name]) for o in groups for f in fields(o)]
     def text(v): return ','.join(map(str, v)) if isinstance(v, tuple) else str(v).lower()
-    return '\n'.join(f'  {f"{name}={text(default)}":<28} {meaning}' for name, default, meaning in rows)
+    return '\n'.join(f'  {f"{name}={text(value)}":<28} {meaning}' for name, value, meaning in rows)
 
 # %% ../nbs/62_recipes.ipynb #bbb8727e
 def detector_arguments(

@@ -10,16 +10,29 @@ __all__ = ['parse_args', 'build_detector', 'batches', 'train_step', 'claim_folde
 import argparse
 from .recipes import find_recipe, recipes, settings_help
 
+def _values(argv):
+    "The recipes, and what --set takes, with the values of the one that is asked for; nothing without --help."
+    p = argparse.ArgumentParser(add_help=False)
+    p.add_argument('--recipe', nargs='?')
+    p.add_argument('-h', '--help', action='store_true')
+    asked, _ = p.parse_known_args(argv)
+    if not asked.help: return
+    recipe = recipes.get(asked.recipe, next(iter(recipes.values())))
+    names = '\n  '.join(['recipes:', *recipes])
+    return f'{names}\n\nvalues of --set, as {recipe.name} has them:\n{settings_help(recipe)}'
+
+# %% ../nbs/64_train.ipynb #c7c9d800
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # recipe, coco, out, set, track, cpu, quiet
     "The command line of `python -m scratchdet.train`."
     p = argparse.ArgumentParser(
         prog='python -m scratchdet.train', formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Train a detector from random weights; the same command resumes.',
-        epilog='\n  '.join(['recipes:', *recipes]) + '\n\nvalues of --set, defaults:\n' + settings_help())
-    p.add_argument('--recipe', required=True, metavar='NAME', help='a named recipe, or a recipe.json')
-    p.add_argument('--coco', required=True, metavar='DIR', help='with train2017/, val2017/, annotations/')
+        description='Train a detector from random weights; the same command resumes.', epilog=_values(argv))
+    p.add_argument('--recipe', required=True, metavar='NAME',
+                   help='a named recipe, or a recipe.json; before --help: its values are listed below')
+    p.add_argument('--coco', required=True, metavar='DIR', help='with annotations/instances_train*.json, '
+                   'instances_val*.json, and a folder of images for each, named like train*')
     p.add_argument('--out', required=True, metavar='DIR', help='run folder: log, checkpoints, weights')
     p.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE',
                    help='values of the recipe, like lr=0.01 (default: as the recipe says)')
@@ -151,6 +164,10 @@ def claim_folder(
     return lock
 
 # %% ../nbs/64_train.ipynb #fa425181
+def _say(report, text):
+    "Print above the report's bar, where there is one."
+    if not report.bar.disable: report.bar.write(text)
+
 def _cut_log(file, step):
     "Drop what a resumed run will write again, and a line that a kill left unfinished."
     new = file.with_suffix('.new')
@@ -299,7 +316,24 @@ class Run:
                          long_side=recipe.long_side)
         self.step, self.taken = _resume(self), ({}, {})
 
-# %% ../nbs/64_train.ipynb #8e1b6212
+# %% ../nbs/64_train.ipynb #e6769d0f
+def _about(run):
+    "What is trained, on what, for how long, and how the lr goes."
+    r, a, schedule = run.recipe, run.accelerator, run.schedule
+    weights = sum(o.numel() for o in run.detector.parameters()) / 1e6
+    drops = [f', {schedule(o):g} from step {o}' for o in schedule.milestones if o < schedule.steps]
+    late = ', '.join(str(o) for o in r.milestones if o >= r.epochs)
+    shares = '' if a.num_processes == 1 else f' on {a.num_processes} processes'
+    parts = '' if run.parts == 1 else f', each share in {run.parts} parts'
+    return '\n'.join([
+        f'{r.name}: {"Mask" if r.masks else "Faster"} R-CNN, {weights:.1f} million weights, '
+        f'{len(run.meta["category_ids"])} categories, {len(run.images):,} training images with objects, '
+        f'{len(run.val):,} validation images',
+        f'{schedule.steps:,} steps of {r.batch_size} images{shares} in {run.precision}{parts}' +
+        (f'; {run.step:,} are done, the run goes on' if run.step else ''),
+        f'lr {r.lr:g} after {r.warmup} steps{"".join(drops)}' +
+        (f'; not lowered at {late}, the run has {r.epochs} epochs' if late else '')])
+
 def _due(run):
     "True when the model is to be evaluated."
     every = run.epoch * run.recipe.eval_every
@@ -317,9 +351,16 @@ def _results(run):
     "COCO's numbers after this step, the same in every process; None where there are none so far."
     return by_main(lambda: read_evaluation(run.out/'eval'/f'step_{run.step:08}.json'), run.accelerator)
 
-def _evaluate(run, watch, behind, send):
+def _scores(results):
+    "The APs of an evaluation in one line."
+    kinds = dict(bbox='box', segm='mask')
+    text = ', '.join(f'{kinds[k]} AP {results[k]["AP"] or 0:.3f}' for k in kinds if k in results)
+    return f'step {results["step"]}: {text}'
+
+def _evaluate(run, report, watch, behind, send):
     "Detect now, and have counted behind the loop, unless the numbers are there; they are sent on."
     if done := _results(run): return behind.give('trackers', partial(send, done))
+    _say(report, f'step {run.step}: detects in {len(run.val):,} validation images')
     loader = watch.each(_eval_loader(run, run.val), f'evaluation after step {run.step}')
     records = detect(run.detector, run.val, loader, run.accelerator)
     if records is None: return  # the main process has them
@@ -328,6 +369,7 @@ def _evaluate(run, watch, behind, send):
         tables = count_apart(process, run.val, records, ['bbox', 'segm'][:1 + run.recipe.masks])
         results = {**about, **tables, 'images': len(run.val)}
         write_file(run.out/'eval'/f"step_{about['step']:08}.json", json.dumps(results, indent=1).encode())
+        _say(report, _scores(results))
         send(results)
     behind.give(f'the count of step {run.step}', count)
 
@@ -464,10 +506,11 @@ def train(
     track, run = check_trackers(track), Run(recipe, coco, out, cpu)
     data, last, asked = _stream(run), run.schedule.steps, 0
     report = Report(run.out/'log.jsonl', run.accelerator, last, run.step, progress)
+    _say(report, _about(run))
     signals, tracked, watched, worker = _around(run, track, progress)
     with signals as stop, tracked as trackers, watched as watch, worker as behind:
         while not asked:
-            if _due(run): _evaluate(run, watch, behind, trackers.send); report.restart()
+            if _due(run): _evaluate(run, report, watch, behind, trackers.send); report.restart()
             if run.step == last: break
             watch.mark(f'images of step {run.step + 1}')
             parts = next(data)

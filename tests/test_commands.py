@@ -11,7 +11,7 @@ from pages import pages, root
 from runs import tiny, toy  # noqa: F401
 
 from scratchdet.recipes import save_recipe
-from scratchdet.train import train
+from scratchdet.train import parse_args, train
 
 commands = [o.module for o in pages if 'parse_args' in {node.name for _, node in o.symbols}]
 each = pytest.mark.parametrize('name', commands)
@@ -51,9 +51,19 @@ def filled(p, word):
 
 
 def test_commands_are_found():
+    "`python -m scratchdet` lists them all."
     assert {'toy', 'plan', 'train', 'evaluate', 'predict', 'report', 'checkpoints'} <= set(commands)
-    programs = [o.stem for o in sorted((root/'scratchdet').glob('*.py')) if "\nif __name__ == '__main__'" in o.read_text()]
-    assert sorted(commands) == programs
+    files = sorted((root/'scratchdet').glob('[!_]*.py'))
+    assert sorted(commands) == [o.stem for o in files if "\nif __name__ == '__main__'" in o.read_text()]
+    done = subprocess.run([sys.executable, '-m', 'scratchdet'], capture_output=True, text=True, check=True)
+    assert sorted(re.findall(r'python -m scratchdet\.(\w+)', done.stdout)) == sorted(commands)
+
+
+def test_help_of_training_shows_the_recipe_that_is_asked_for(capsys):
+    for words, told in (['--recipe', 'demo'], 'as demo has them'), (['--recipe'], 'as mask_rcnn_r50_fpn_gn_scratch_6x has them'):
+        with pytest.raises(SystemExit): parse_args([*words[:2], '--help'] if words[1:] else ['--help', *words])
+        said = capsys.readouterr().out
+        assert told in said and ('long_side=160 ' in said) == ('demo' in told)
 
 
 @each

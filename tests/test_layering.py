@@ -60,7 +60,7 @@ def test_every_import_is_used(page):
     bound = {a.asname or a.name.split('.')[0] for o in ast.walk(tree) if isinstance(o, (ast.Import, ast.ImportFrom))
              for a in o.names}
     used = {o.id for o in ast.walk(tree) if isinstance(o, ast.Name)}
-    assert bound and not bound - used
+    assert not bound - used
 
 
 def test_third_party_imports_are_required():
