@@ -114,6 +114,7 @@ def words(tmp_path_factory, toy):  # noqa: F811
     train(tiny, toy, at/'run', cpu=True, progress=False)
     weights = at/'run/model.safetensors'
     return dict(
+        check=f'--coco {toy}',
         coco=f'subset --coco {toy} --images 4 --out {at}/few',
         toy=f'--out {at}/toy --train 2 --val 1 --size 32 48',
         plan=f'--recipe {recipe} --processes 2 --images-per-second 3 --coco {toy}',
