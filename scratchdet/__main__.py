@@ -8,7 +8,8 @@ __all__ = ['commands', 'listing']
 # %% ../nbs/80___main__.ipynb #ecbd9cbf
 commands = dict(
     toy='draw a small data set, to try things on',
-    coco='check a data set in COCO layout, or cut a small one out of it',
+    coco='cut a small data set out of a large one',
+    check='look at a data set before a run: counts, boxes, every image',
     plan='say what a run costs: steps, hours, memory, disk',
     train='train a detector from random weights; the same command goes on after a stop',
     evaluate='say how good a detector is: COCO AP',
