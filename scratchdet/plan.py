@@ -31,6 +31,7 @@ if __name__ == '__main__' and __spec__: args = parse_args()
 
 # %% ../nbs/66_plan.ipynb #3dec4dd1
 import sys
+from dataclasses import fields
 from functools import cache
 from math import isfinite
 import torch
@@ -40,7 +41,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .coco import coco_split, load_index, training_images
 from .loader import Batch, bucket_edges, bucket_shape
 from .schedule import check_lr, epoch_steps, split_batch
-from .recipes import Recipe, find_recipe, recipe_schedule
+from .recipes import ModelSettings, Recipe, find_recipe, recipe_schedule
 from .train import build_detector
 
 # %% ../nbs/66_plan.ipynb #2bdebd1f
@@ -114,6 +115,22 @@ def _blank(n, h, w, masks):
     return Batch(images, sizes, torch.arange(n), boxes, labels, labels == 0, bits)
 
 @cache
+def _fake_detector(settings, classes):
+    "A detector without numbers, and the mode in which it works."
+    with FakeTensorMode() as mode: model = build_detector(settings, classes).train()
+    most = int(model.sampling['batch_size_per_image'] * model.sampling['positive_fraction'])
+    model.fixed_mask_rois = model.fixed_mask_rois or most
+    return mode, model
+
+def _settings(recipe): # the model's alone: recipes that differ elsewhere share what is remembered
+    return Recipe(**{o.name: getattr(recipe, o.name) for o in fields(ModelSettings)})
+
+# %% ../nbs/66_plan.ipynb #8bfffee3
+@cache
+def _saved(settings, classes, images, shape, bf16):
+    mode, model = _fake_detector(settings, classes)
+    with mode: return saved_bytes(model, _blank(images, *shape, settings.masks), bf16)
+
 def activation_bytes(
     recipe:Recipe, # of the run
     classes:int, # K
@@ -121,11 +138,7 @@ def activation_bytes(
     shape:tuple, # (H, W) of the batch, px
 )->int: # bytes of activations and of weights cast to bf16
     "Memory that a training step keeps between forward and backward, at most; nothing is computed."
-    with FakeTensorMode():
-        model = build_detector(recipe, classes).train()
-        most = int(model.sampling['batch_size_per_image'] * model.sampling['positive_fraction'])
-        model.fixed_mask_rois = model.fixed_mask_rois or most
-        return saved_bytes(model, _blank(images, *shape, recipe.masks), recipe.precision == 'bf16')
+    return _saved(_settings(recipe), classes, images, shape, recipe.precision == 'bf16')
 
 # %% ../nbs/66_plan.ipynb #35cf6d49
 def ring_bytes(
@@ -156,7 +169,7 @@ def plan(
     length = run_length(recipe, images)
     hours = run_hours(length['images_seen'], processes, rate)
     each, parts = split_batch(recipe.batch_size, processes, recipe.images_per_process)
-    with FakeTensorMode(): disk = checkpoint_bytes(build_detector(recipe, classes))
+    disk = checkpoint_bytes(_fake_detector(_settings(recipe), classes)[1])
     memory = _memory(recipe, classes, each, disk['momentum'], processes)
     traffic = ring_bytes(disk['momentum'] + normalizers, processes)
     return dict(images=images, processes=processes, rate=rate, **length, **hours, images_per_process=each,
