@@ -58,6 +58,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 from .viz import curves, draw
+from .toy import make_folder
 from .coco import CocoIndex, coco_split, load_index, training_images
 from .transforms import read_image
 from .loader import _check_masks, eval_loader, train_loader
@@ -150,8 +151,7 @@ def claim_folder(
     if file.exists() and (differences := recipe_differences(load_recipe(file), recipe)):
         raise ValueError(f'{file}: this folder holds a run with other settings; ' + '; '.join(differences) +
                          '. Give another --out, or the settings of the run')
-    (out/'eval').mkdir(parents=True, exist_ok=True)
-    (out/'checkpoints').mkdir(exist_ok=True)
+    for o in ('eval', 'checkpoints'): make_folder(out/o)
     lock = (out/'lock').open('a+')
     try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -129,7 +129,7 @@ def words(tmp_path_factory, toy):  # noqa: F811
 def test_all_commands_are_run(words): assert set(words) == set(commands)
 
 
-@pytest.mark.parametrize('name', ['coco', 'toy', 'evaluate', 'predict'])
+@pytest.mark.parametrize('name', ['coco', 'toy', 'train', 'evaluate', 'predict'])
 def test_a_file_in_place_of_a_folder(name, words, tmp_path):
     "One line that names it, not Python's words; the file is as before."
     (file := tmp_path/'notes.txt').write_text('kept')
