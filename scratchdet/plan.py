@@ -17,7 +17,8 @@ def parse_args(
     p.add_argument('--recipe', required=True, metavar='NAME', help='a named recipe, or a recipe.json')
     p.add_argument('--processes', type=int, required=True, metavar='P', help='GPUs, one process each')
     p.add_argument('--images-per-second', type=float, required=True, metavar='R',
-                   help='images that ONE process trains on in a second; all together do P times as many')
+                   help='images that ONE process trains on in a second; log.jsonl of a short trial has '
+                   'images_per_second of all its processes together')
     data = p.add_mutually_exclusive_group()
     data.add_argument('--coco', metavar='DIR', help='count the images of this folder (default: see --images)')
     data.add_argument('--images', type=int, metavar='N', help='images of an epoch (default: 117266, '
