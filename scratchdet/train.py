@@ -8,7 +8,7 @@ __all__ = ['parse_args', 'build_detector', 'batches', 'train_step', 'claim_folde
 
 # %% ../nbs/64_train.ipynb #342cf0ae
 import argparse
-from .recipes import find_recipe, recipes, settings_help
+from .recipes import Recipe, find_recipe, load_recipe, recipes, save_recipe, settings_help
 
 def _values(argv):
     "The recipes, and what --set takes, with the values of the one that is asked for; nothing without --help."
@@ -73,8 +73,7 @@ from .count import count_apart, start_count, table
 from .behind import Behind
 from .schedule import check_lr, epoch_steps, split_batch
 from .optim import check_trainable, sgd, usable_precision
-from .recipes import (Recipe, detector_arguments, load_recipe, recipe_differences, recipe_schedule,
-                                save_recipe)
+from .recipes import detector_arguments, recipe_differences, recipe_schedule
 from .evaluate import detect
 
 # %% ../nbs/64_train.ipynb #f36dd3dc
