@@ -29,20 +29,22 @@ from .coco import CocoIndex, coco_split, load_index, training_images
 from .loader import _pixels
 
 # %% ../nbs/13_check.ipynb #334cdf84
+def _corners(index):
+    "Both corners of all T boxes, and width and height of the image of each: three arrays (T, 2)."
+    a = index.arrays
+    return a['boxes'][:, :2], a['boxes'][:, 2:], np.repeat(a['sizes'][:, ::-1], np.diff(a['first']), axis=0)
+
 def boxes_outside(
     index:CocoIndex, # all images of a file
 )->np.ndarray: # (T,) bool, for all T annotations of the file
     "Which boxes leave their image by more than a pixel."
-    a = index.arrays
-    limit = np.repeat(a['sizes'][:, ::-1], np.diff(a['first']), axis=0)  # (T, 2) w, h
-    return ((a['boxes'][:, :2] < -1) | (a['boxes'][:, 2:] > limit + 1)).any(1)
+    low, high, limit = _corners(index)
+    return ((low < -1) | (high > limit + 1)).any(1)
 
-def _as_corners(index):
-    "Whether all boxes would lie in their images if their numbers were two corners."
-    a = index.arrays
-    limit = np.repeat(a['sizes'][:, ::-1], np.diff(a['first']), axis=0)  # (T, 2) w, h
-    low, high = a['boxes'][:, :2], a['boxes'][:, 2:] - a['boxes'][:, :2]
-    return bool(((low < high) & (high <= limit + 1)).all())
+def _were_corners(index):
+    "Whether all boxes would lie in their images if their four numbers were two corners."
+    low, high, limit = _corners(index)
+    return bool(((low < high - low) & (high - low <= limit + 1)).all())
 
 # %% ../nbs/13_check.ipynb #ab04145f
 def warning(
@@ -51,7 +53,7 @@ def warning(
     "What is suspicious about the boxes."
     outside = boxes_outside(index)
     if outside.sum() <= .1 * len(outside): return ''
-    why = ('COCO writes x, y, width, height, not two corners' if _as_corners(index) else
+    why = ('COCO writes x, y, width, height, not two corners' if _were_corners(index) else
            'do they belong to other images, or to images of another size?')
     return f'{index.json_path}: {outside.sum()} of {len(outside)} boxes leave their image: {why}'
 
