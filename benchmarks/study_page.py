@@ -73,7 +73,7 @@ def dots(ax, rows, labels):
     for i, v in enumerate(rows.values()):
         ax.plot([i - .25, i + .25], [mean(v)] * 2, color=colours[i])
         ax.plot([i + .08 * (j - (len(v) - 1) / 2) for j in range(len(v))], v, 'o', ms=5, color=colours[i], clip_on=False)
-    ax.set_xticks(range(len(rows)), labels, fontsize=8)
+    ax.set_xticks(range(len(rows)), labels)
     ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
     ax.grid(axis='y', alpha=.3)
 
@@ -88,7 +88,7 @@ def lines(ax, series, ticks):
     ax.set_xticks(range(len(ticks)), ticks)
     ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
     ax.grid(axis='y', alpha=.3)
-    ax.legend(fontsize=8)
+    ax.legend()
 
 
 def curves(ax, study, names, rows, labels):
@@ -99,7 +99,7 @@ def curves(ax, study, names, rows, labels):
             x = [(k + .5) * images for k in range(len(run['losses']))]
             ax.plot(x, run['losses'], color=colours[i], lw=.8, label=None if run['seed'] else label)
     ax.set(xlabel='images', title='sum of the losses')
-    ax.legend(fontsize=7)
+    ax.legend()
     ax.grid(alpha=.3)
 
 
