@@ -275,8 +275,9 @@ def as_svg(
 # %% ../nbs/67_report.ipynb #9f49eab5
 def _jpeg(image, found, object):
     "The picture of an error as what an `<img src=` takes."
-    file, fig = io.BytesIO(), error_picture(image, found, object).figure
-    fig.savefig(file, format='jpeg', dpi=75, bbox_inches='tight', pad_inches=0, pil_kwargs=dict(quality=80))
+    file, (fig, ax) = io.BytesIO(), plt.subplots(figsize=(2.2, 2.2))
+    error_picture(image, found, object, ax=ax)
+    fig.savefig(file, format='jpeg', dpi=130, bbox_inches='tight', pad_inches=0, pil_kwargs=dict(quality=80))
     plt.close(fig)
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
 
@@ -404,7 +405,8 @@ def page(
     "All sections of a report."
     title = html.escape('Training: ' + ', '.join(o.name for o in runs))
     rows, differ = [summary(o) for o in runs], differences(runs)
-    parts = [as_table(rows[0], [o.values() for o in rows])]
+    columns = [k for k in rows[0] if any(o[k] for o in rows)]
+    parts = [as_table(columns, [[o[k] for k in columns] for o in rows])]
     if differ:
         head = ['', *(o.name for o in runs)]
         parts += ['<h2>Settings that differ</h2>', as_table(head, [[k, *v] for k, v in differ.items()])]
