@@ -24,6 +24,8 @@ def parse_args(
                    help='images at once in each process (default: 1)')
     p.add_argument('--workers', type=int, default=2, metavar='N',
                    help='processes that read images (default: 2)')
+    p.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'],
+                   help='bf16 is faster where the processor has it (default: fp32)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
     p.add_argument('--pycocotools', action='store_true', help='count with pycocotools, the slow original')
     p.add_argument('--quiet', action='store_true', help='print errors alone')
@@ -52,6 +54,7 @@ from .detector import scale_detections
 from .weights import load_model, write_file
 from .hub import weights_file
 from .watch import MainFailed, by_main, lost_process
+from .optim import autocast
 from .count import coco_ap, ground_truth, run_hotcoco, run_pycocotools, table
 
 # %% ../nbs/63_evaluate.ipynb #68a33f4a
@@ -188,7 +191,7 @@ def main(
         loader = eval_loader(
             index, batch_size=args.batch_size, process=accelerator.process_index,
             processes=accelerator.num_processes, short=short, long=long, workers=args.workers)
-        results = evaluate(
+        with autocast(args.precision, accelerator.device.type): results = evaluate(
             model.to(accelerator.device), index, tqdm(loader, disable=silent), accelerator=accelerator,
             out=args.out, run=run_pycocotools if args.pycocotools else run_hotcoco)
     except (ValueError, OSError) as e: sys.exit(f'scratchdet.evaluate: {e}')
