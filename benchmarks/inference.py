@@ -1,6 +1,7 @@
 """Detections of one image, from its pixels to masks at its own size: scratchdet's `predict` and torchvision's model, alternating.
 
-Both resize 480x640 px to 800x1067, pad to 800x1088 and have the same weights; the classifier is made bold, so that random weights fill all hundred places.
+Both resize 480x640 px to 800x1067, pad to 800x1088 and have the same weights; the classifier is made bold, so that random weights fill all hundred places. Ours computes in bf16 where the processor has it,
+torchvision's as it does by default, in fp32.
 
     python benchmarks/inference.py --out results/inference.json
 """
@@ -10,6 +11,7 @@ from common import against, command, hardware, parser, take_turns, write
 from peer import torchvision_mask_rcnn
 from scratchdet.detector import mask_rcnn
 from scratchdet.init import init_detector
+from scratchdet.optim import usable_precision
 from scratchdet.predict import predict
 from train_step import kinds, with_weights
 
@@ -23,7 +25,8 @@ def build(size, short, long):
     theirs = with_weights(torchvision_mask_rcnn(80, (short, long), rpn_post_nms_top_n_test=1000, rpn_pre_nms_top_n_test=1000).eval(), ours)
     def run_theirs():
         with torch.inference_mode(): return len(theirs([image / 255])[0]['masks'] >= .5)
-    return dict(zip(kinds, (lambda: len(predict(ours, [image], short=short, long=long)[0]['masks']), run_theirs)))
+    def run_ours(): return len(predict(ours, [image], short=short, long=long, precision='bf16')[0]['masks'])
+    return dict(zip(kinds, (run_ours, run_theirs)))
 
 
 def main():
@@ -35,7 +38,7 @@ def main():
     result = against(take_turns(both, args.repeats), *kinds)
     found = {k: do() for k, do in both.items()}
     print(f"inference: ratio {result['ratio']:.3f}, seconds {result['median']}, detections {found}")
-    write(args.out, dict(command=command(), hardware=machine, size=list(args.size), short=args.short, long=args.long, detections=found, **result))
+    write(args.out, dict(command=command(), hardware=machine, precision=usable_precision('bf16', 'cpu'), size=list(args.size), short=args.short, long=args.long, detections=found, **result))
 
 
 if __name__ == '__main__': main()

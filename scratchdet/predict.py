@@ -17,15 +17,15 @@ def parse_args(
     p.add_argument('images', nargs='*', help='image files, and folders of them (not the folders inside)')
     p.add_argument('--weights', required=True, metavar='FILE', help='or folder of a run, or hf://USER/NAME')
     p.add_argument('--out', required=True, metavar='DIR', help='for pictures, all JPEG, and predictions.json')
-    p.add_argument('--coco', metavar='DIR', help='images and objects in COCO layout, drawn beside what '
-                   'is found (default: none, the images given)')
+    p.add_argument('--coco', metavar='DIR', help='COCO layout; its truth is drawn too (default: the images)')
     p.add_argument('--split', default='val', metavar='NAME', help='of --coco: train or val (default: val)')
     p.add_argument('--count', type=int, default=8, metavar='N', help='images of --coco (default: 8)')
-    p.add_argument('--score', type=float, default=.5, metavar='S',
-                   help='least score of a detection, 0 to 1 (default: 0.5)')
+    p.add_argument('--score', type=float, default=.5, metavar='S', help='least score, 0 to 1 (default: 0.5)')
     for name, px in dict(short=800, long=1333).items():
         p.add_argument(f'--{name}', type=int, metavar='PX',
                        help=f'{name} side of the images, px (default: as trained, else {px})')
+    p.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'],
+                   help='bf16 is faster where the processor has it (default: fp32)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     args = p.parse_args(argv)
@@ -52,6 +52,7 @@ from .loader import Sample, bucket_edges, bucket_shape, collate
 from .detector import Detector, scale_detections
 from .weights import load_model, write_file
 from .hub import weights_file
+from .optim import autocast
 from .evaluate import check_categories, detections_to_coco, eval_scale
 
 # %% ../nbs/65_predict.ipynb #50181271
@@ -96,12 +97,13 @@ def predict(
     short:int=800, # short side for the network, px
     long:int=1333, # longest side, px
     score:float=0., # detections that score less are left out
+    precision:str='fp32', # or 'bf16', faster where the processor has it
 )->list: # of dicts: boxes (D, 4) xyxy px of the image, labels, scores (D,), perhaps masks (D, H, W) bool
     "What `model` finds in each image, best first; torchvision's names."
     training, device, found = model.training, next(model.parameters()).device, []
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(precision, device.type):
             for image in images:
                 _check_image(image)
                 size = resized_size(*image.shape[-2:], short, long)
@@ -224,7 +226,7 @@ def main(
         device = 'cuda' if torch.cuda.is_available() and not args.cpu else 'cpu'
         model = load_model(weights_file(args.weights)).to(device)
         short, long = eval_scale(model.meta, args.short, args.long)
-        scale = dict(short=short, long=long, score=args.score)
+        scale = dict(short=short, long=long, score=args.score, precision=args.precision)
         make_folder(args.out)
         if not args.quiet and (other := _passed_over(args.images)):
             print(f'passed over: {other}; images are {", ".join(suffixes)}')

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scratchdet import evaluate as evaluation, predict as prediction
+from scratchdet import evaluate as evaluation, optim, predict as prediction
 from scratchdet.coco import coco_split, load_index
 from scratchdet.detector import mask_rcnn
 from scratchdet.evaluate import detections_to_coco, eval_scale, evaluate
@@ -50,6 +50,17 @@ def test_a_folder_becomes_pictures_and_json(toy, weights, tmp_path):
     assert {o['image_id'] for o in doc['annotations']} <= {o['id'] for o in doc['images']}
     assert all({'score', 'segmentation', 'bbox', 'area', 'iscrowd'} <= set(o) for o in doc['annotations'])
     assert len(list((tmp_path/'out').glob('*.jpg'))) == 5
+
+
+def test_bf16_finds_what_fp32_does(toy, weights, monkeypatch):
+    "Autocast as on a processor that has it: float32 comes out, other numbers, and boxes that differ by a pixel at most."
+    image, model = read_image(next((toy/'val2017').iterdir())), load_model(weights)
+    monkeypatch.setattr(optim, 'usable_precision', lambda wanted, device: wanted)
+    fp32, bf16 = (predict(model, [image], short=64, long=96, precision=o)[0] for o in ('fp32', 'bf16'))
+    assert bf16['boxes'].dtype == bf16['scores'].dtype == torch.float32 and not torch.equal(fp32['scores'], bf16['scores'])
+    assert (fp32['scores'] - bf16['scores']).abs().max() < .02
+    near = (fp32['boxes'][:, None] - bf16['boxes']).abs().amax(-1).amin(1)
+    assert (near < 1).float().mean() >= .6, near
 
 
 def test_bad_images_do_not_stop_the_others(toy, weights, tmp_path, capsys):
