@@ -6,7 +6,7 @@ import time
 import pytest
 from PIL import Image
 
-from scratchdet.check import bad_images, boxes_outside, count_split, load_both, main, parse_args, warning
+from scratchdet.check import bad_images, boxes_outside, count_split, load_both, main, parse_args, warnings
 from scratchdet.coco import coco_split, load_index
 from scratchdet.loader import load_sample
 from scratchdet.toy import make_toy
@@ -64,7 +64,7 @@ def test_a_good_set(toy, capsys):
     both = {k: load_index(*coco_split(toy, k)) for k in ('train', 'val')}
     assert main(parse_args(['--coco', str(toy)])) == {k: count_split(o) for k, o in both.items()}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == 'every image can be read' and not any('leave' in o for o in lines)
+    assert lines[-1] == 'every image can be read' and not any('leave' in o or 'teach' in o for o in lines)
     assert len(lines) == 9 + len(both['train'].names) and {len(o) for o in lines[:-1]} == {len(lines[0])}
     assert sum(count_split(both['train'])['categories'].values()) == count_split(both['train'])['objects'] > 20
 
@@ -92,8 +92,20 @@ def test_a_few_boxes_may_leave(copy, share, warned):
         for o in doc['annotations'][:round(20 * share)]: o['bbox'] = [-30, -30, 90, 90]
     edit(copy, 'train', change)
     index = load_index(*coco_split(copy, 'train'))
-    assert boxes_outside(index).sum() == 20 * share and bool(said := warning(index)) == warned
-    assert not warned or 'other images' in said
+    assert boxes_outside(index).sum() == 20 * share and bool(said := warnings(index)) == warned
+    assert not warned or 'other images' in said[0]
+
+
+def test_what_teaches_nothing_is_warned_of(copy, capsys):
+    "Corners in the wrong order, for example: the first is named, crowds are not counted."
+    def change(doc):
+        for o in doc['annotations'][3:5]: o['bbox'] = [30, 30, -9, 9]
+        doc['annotations'][6]['iscrowd'] = 1
+    edit(copy, 'train', change)
+    counts = main(parse_args(['--coco', str(copy)]))['train']
+    line, = [o for o in capsys.readouterr().out.splitlines() if 'teach' in o]
+    doc = json.loads((copy/'annotations/instances_train2017.json').read_text())
+    assert f'2 of {len(doc["annotations"])} annotations teach nothing, first {doc["annotations"][3]["id"]}: no area' in line and counts['left out'] == 2
 
 
 def test_empty_images_crowds_and_a_category_named_like_a_count(copy):
@@ -142,4 +154,4 @@ def test_real_images(coco_mini):
     "The form of its labels is not doubted, and every image is whole."
     for split in ('train', 'val'):
         index = load_index(*coco_split(coco_mini, split))
-        assert warning(index) == '' and bad_images(index) == [] and not boxes_outside(index).any()
+        assert warnings(index) == [] and bad_images(index) == [] and not boxes_outside(index).any()
