@@ -1,11 +1,12 @@
 """Images a second on one core, from files to batches with boxes, labels and masks: `train_loader` and torchvision's `CocoDetection` with v2 transforms.
 
-Then the share of the pixels that padding adds, in batches of 16 in training, and in evaluation, where the sizes are those of the images that were
-read, each many times.
+`pixels` is decoding and resizing alone, with the same functions. Then the share of the pixels that padding adds, in batches of 16 in training, and in
+evaluation, where the sizes are those of the images that were read, each many times.
 
     python benchmarks/loading.py --out results/loading.json
 """
 import os
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from common import against, command, hardware, parser, take_turns, write
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.loader import _scaled, plan_epoch, train_loader
 from scratchdet.toy import make_toy
+from scratchdet.transforms import read_image, resize_image, resized_size
 from train_step import kinds
 
 def files(folder, images):
@@ -29,6 +31,12 @@ def files(folder, images):
 def ours(index, batch):
     "Read all images in batches."
     return lambda: sum(len(o) for o in train_loader(index, batch_size=batch))
+
+
+def pixels(index):
+    "Decode and resize all images, and nothing else: no loader with the same pixels is faster."
+    sizes = [resized_size(*o) for o in index.sizes.tolist()]
+    return lambda: sum(len(resize_image(read_image(index.path(i)), o)) // 3 for i, o in enumerate(sizes))
 
 
 def theirs(index, batch):
@@ -58,9 +66,11 @@ def main():
         split = coco_split(files(Path(folder), args.images), 'train')
         index = training_images(load_index(*split, cache=folder))
         index = index.subset(np.arange(min(args.images // args.batch * args.batch, len(index) // args.batch * args.batch)))
-        result = against(take_turns(dict(zip(kinds, (o(index, args.batch) for o in (ours, theirs)))), args.repeats), *kinds)
+        todo = dict(zip(kinds, (o(index, args.batch) for o in (ours, theirs)))) | dict(pixels=pixels(index))
+        seconds = take_turns(todo, args.repeats)
+        result = against(seconds, *kinds)
         drawn = np.repeat(index.sizes, 500, axis=0)
-    rate = {k: len(index) / v for k, v in result['median'].items()}
+    rate = {k: len(index) / statistics.median(v) for k, v in seconds.items()}
     pads = waste(drawn, 16)
     print(f"loading: ratio {result['ratio']:.3f}, images a second {rate}\n{pads}")
     write(args.out, dict(command=command(), hardware=machine, images=len(index), objects=int(sum(len(index.target(i)['rows']) for i in range(len(index)))),
