@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from .coco import CocoIndex
 from .records import trained
-from .masks import network_mask, pack_masks
+from .masks import network_masks, pack_masks
 from .transforms import flip_boxes, flip_image, read_image, resize_boxes, resize_image, resized_size
 
 # %% ../nbs/12_loader.ipynb #24e71113
@@ -33,10 +33,7 @@ def _objects(index, i, size, flip, masks):
     target, original = index.target(i), index.sizes[i].tolist()
     boxes, packed = resize_boxes(target['boxes'], original, size), None
     if flip: boxes = flip_boxes(boxes, size[1])
-    if masks:
-        packed = np.zeros((len(boxes), size[0], -(-size[1] // 8)), np.uint8)
-        for row, rle in zip(packed, index.rles(i, target['rows'])): row[:] = network_mask(rle, *size, flip)
-        packed = torch.from_numpy(packed)
+    if masks: packed = torch.from_numpy(network_masks(index.rles(i, target['rows']), *size, flip))
     return boxes, target['labels'], packed
 
 def _pixels(index, i, size):
@@ -131,12 +128,13 @@ def collate(
     n, m = len(samples), max(1, *(len(o.boxes) for o in samples))
     sizes = torch.tensor([o.image.shape[-2:] for o in samples])
     h, w = shape or (-(-sizes.amax(0) // 32) * 32).tolist()
-    images = torch.zeros(n, h, w, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    images = torch.empty(n, h, w, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # (N, 3, H, W)
     masks = None if samples[0].masks is None else torch.zeros(n, m, h, -(-w // 8), dtype=torch.uint8)
     labels, ids = torch.zeros(n, m, dtype=torch.long), torch.tensor([o.image_id for o in samples])
     batch = Batch(images, sizes, ids, torch.zeros(n, m, 4), labels, labels.bool(), masks)
-    for i, o in enumerate(samples):
-        images[i, :, :o.image.shape[1], :o.image.shape[2]] = o.image
+    for i, (o, (h, w)) in enumerate(zip(samples, sizes.tolist())):
+        images[i, :, :h, :w] = o.image
+        images[i, :, h:] = images[i, :, :h, w:] = 0
         _write_objects(batch, i, o)
     return batch
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['longest', 'pack_masks', 'unpack_masks', 'rle_counts', 'to_rle', 'polygons_to_mask', 'mask_to_rle', 'crop_to_rle',
-           'nearest_index', 'resize_mask', 'network_mask']
+           'nearest_index', 'resize_mask', 'network_masks']
 
 # %% ../nbs/03_masks.ipynb #769b45e9
 import reprlib
@@ -37,20 +37,28 @@ def unpack_masks(
     return bits.flatten(-2)[..., :width].bool()
 
 # %% ../nbs/03_masks.ipynb #d939ade1
+def _runs(strings):
+    "The run lengths in each of the compressed strings of an image; all at once costs hardly more than one."
+    last = np.cumsum([len(o) for o in strings])
+    digits = np.frombuffer(b''.join(strings), np.uint8) - np.uint8(48)  # what is below 48 becomes large
+    if not all(strings) or digits.max() > 63 or (digits[last - 1] & 32).any():
+        raise ValueError('the run lengths are not a COCO string')
+    ends = np.flatnonzero(digits < 32)
+    starts = np.append(0, ends[:-1] + 1)
+    place = np.arange(len(digits)) - np.repeat(starts, ends - starts + 1)
+    if place.max() > 5: raise ValueError('the run lengths are not a COCO string: a number exceeds 30 bits')
+    numbers = np.add.reduceat((digits & 31).astype(np.int64) << 5 * place, starts)
+    numbers -= ((digits[ends] & 16).astype(np.int64) << 5 * place[ends]) * 2
+    runs = np.split(numbers, np.searchsorted(ends, last[:-1]))
+    for o in runs:
+        for first in (1, 2): o[first::2] = o[first::2].cumsum()
+    return runs
+
 def rle_counts(
     counts:bytes, # COCO's compressed run lengths
 )->np.ndarray: # (n,) int64, zeros, ones, zeros, ... in pixels
     "The run lengths in a compressed string (`rleFrString` in pycocotools' maskApi.c)."
-    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(digits & 32 == 0)
-    if not len(ends) or ends[-1] != len(digits) - 1 or digits.min() < 0 or digits.max() > 63:
-        raise ValueError('the run lengths are not a COCO string')
-    starts = np.r_[0, ends[:-1] + 1]
-    place = np.arange(len(digits)) - np.repeat(starts, ends - starts + 1)
-    if place.max() > 5: raise ValueError('the run lengths are not a COCO string: a number exceeds 30 bits')
-    runs = np.add.reduceat((digits & 31) << 5 * place, starts) - ((digits[ends] & 16) << 5 * place[ends]) * 2
-    for first in (1, 2): runs[first::2] = runs[first::2].cumsum()
-    return runs
+    return _runs([counts])[0]
 
 # %% ../nbs/03_masks.ipynb #41983ddd
 def _checked_runs(segmentation, height, width):
@@ -144,33 +152,37 @@ def resize_mask(
     return mask[..., rows, :][..., cols]
 
 # %% ../nbs/03_masks.ipynb #588707bb
-def _crop(rle):
-    "The bitmap inside the box of an object, and the box's first column and row."
-    (height, width), runs = rle['size'], rle_counts(rle['counts'])
-    if not runs.sum() == height * width > 0:
+def _crops(rles):
+    "For each object of an image the bitmap inside its box, and the box's first column and row."
+    (height, width), runs = rles[0]['size'], _runs([o['counts'] for o in rles])
+    if any(o.sum() != height * width for o in runs) or not height * width:
         raise ValueError(f'the run lengths do not add up to the pixels of a {height}x{width} image')
-    x, y, w, h = coco_mask.toBbox(rle).astype(int).tolist()
-    ends = runs.cumsum().clip(x * height, (x + w) * height)
-    bits = np.arange(len(ends), dtype=np.uint8) & 1
-    return np.repeat(bits, np.diff(ends, prepend=x * height)).reshape(w, height)[:, y:y + h].T, x, y
+    for (x, y, w, h), o in zip(coco_mask.toBbox(rles).astype(int).tolist(), runs):
+        ends = o.cumsum().clip(x * height, (x + w) * height)
+        ends[1:] -= ends[:-1].copy()
+        ends[0] -= x * height
+        bits = np.arange(len(ends), dtype=np.uint8) & 1
+        yield np.repeat(bits, ends).reshape(w, height)[:, y:y + h].T, x, y
 
 # %% ../nbs/03_masks.ipynb #15bd7e27
-def network_mask(
-    rle:dict,        # compressed run lengths of `to_rle`, at the original size
+def network_masks(
+    rles:list,       # M compressed run lengths of `to_rle`, objects of one image, at its original size
     height:int,      # of the resized image, px
     width:int,       # of the resized image, px
     flip:bool=False, # mirror left and right
-)->np.ndarray: # (height, ceil(width/8)) uint8, packed bits
-    "`resize_mask`, a mirror image if wanted, and `pack_masks`, touching only the pixels of the object's box."
-    crop, x, y = _crop(rle)
-    rows, cols = nearest_index(rle['size'][0], height), nearest_index(rle['size'][1], width)
-    top, bottom = np.searchsorted(rows, (y, y + crop.shape[0])).tolist()
-    left, right = np.searchsorted(cols, (x, x + crop.shape[1])).tolist()
-    start = width - right if flip else left
-    bits = np.zeros((crop.shape[0], start % 8 + right - left), np.uint8)
-    picked = crop[:, cols[left:right] - x]
-    bits[:, start % 8:] = picked[:, ::-1] if flip else picked
-    bits = np.packbits(bits, axis=1)
-    out = np.zeros((height, -(-width // 8)), np.uint8)
-    out[top:bottom, start // 8:start // 8 + bits.shape[1]] = bits[rows[top:bottom] - y]
+)->np.ndarray: # (M, height, ceil(width/8)) uint8, packed bits
+    "`resize_mask`, a mirror image if wanted, and `pack_masks`, touching only the pixels of each object's box."
+    out = np.zeros((len(rles), height, -(-width // 8)), np.uint8)
+    if not rles: return out
+    crops = list(_crops(rles))
+    rows, cols = map(nearest_index, rles[0]['size'], (height, width))
+    for mask, (crop, x, y) in zip(out, crops):
+        top, bottom = np.searchsorted(rows, (y, y + crop.shape[0])).tolist()
+        left, right = np.searchsorted(cols, (x, x + crop.shape[1])).tolist()
+        start = width - right if flip else left
+        bits = np.zeros((crop.shape[0], start % 8 + right - left), np.uint8)
+        picked = crop[:, cols[left:right] - x]
+        bits[:, start % 8:] = picked[:, ::-1] if flip else picked
+        bits = np.packbits(bits, axis=1)
+        mask[top:bottom, start // 8:start // 8 + bits.shape[1]] = bits[rows[top:bottom] - y]
     return out

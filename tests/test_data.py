@@ -17,7 +17,7 @@ from PIL import Image
 
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.loader import Batch, Sample, bucket_edges, collate, eval_loader, plan_epoch, train_loader
-from scratchdet.masks import network_mask, polygons_to_mask, resize_mask, rle_counts, to_rle
+from scratchdet.masks import network_masks, polygons_to_mask, resize_mask, rle_counts, to_rle
 from scratchdet.toy import make_toy
 from scratchdet.transforms import read_image, resized_size
 
@@ -77,7 +77,7 @@ def test_network_masks_equal_the_long_way(toy, tmp_path):
                 slow = resize_mask(mask, *size)
                 flip = bool(seen % 2)
                 want = np.packbits(slow[:, ::-1] if flip else slow, axis=1)
-                np.testing.assert_array_equal(network_mask(rle, *size, flip), want)
+                np.testing.assert_array_equal(network_masks([rle], *size, flip)[0], want)
                 seen += 1
     assert seen > 4
 
@@ -89,7 +89,7 @@ def test_network_mask_sweep(h, w, height, width, flip, seed):
     rle = coco_mask.encode(np.asfortranarray(mask))
     assert rle_counts(rle['counts']).sum() == h * w
     slow = resize_mask(mask, height, width)
-    np.testing.assert_array_equal(network_mask(rle, height, width, flip),
+    np.testing.assert_array_equal(network_masks([rle], height, width, flip)[0],
                                   np.packbits(slow[:, ::-1] if flip else slow, axis=1))
 
 
@@ -112,7 +112,7 @@ def test_polygons_that_would_end_the_program(ring):
 @pytest.mark.parametrize('size', [[0, 60], [40, 61], [1, 2399]])
 def test_run_lengths_of_another_image(size):
     rle = dict(to_rle([[0, 0, 9, 0, 9, 9]], 40, 60), size=size)
-    with pytest.raises(ValueError, match=f'do not add up to the pixels of a {size[0]}x{size[1]} image'): network_mask(rle, 80, 120)
+    with pytest.raises(ValueError, match=f'do not add up to the pixels of a {size[0]}x{size[1]} image'): network_masks([rle], 80, 120)[0]
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'LA', 'P', '1', 'I;16'])
