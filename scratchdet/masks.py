@@ -171,7 +171,7 @@ def network_masks(
     width:int,       # of the resized image, px
     flip:bool=False, # mirror left and right
 )->np.ndarray: # (M, height, ceil(width/8)) uint8, packed bits
-    "`resize_mask`, a mirror image if wanted, and `pack_masks`, touching only the pixels of each object's box."
+    "`resize_mask`, mirrored if wanted, and `pack_masks`, touching only the pixels of each object's box."
     out = np.zeros((len(rles), height, -(-width // 8)), np.uint8)
     if not rles: return out
     crops = list(_crops(rles))

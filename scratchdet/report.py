@@ -37,6 +37,7 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from tqdm import tqdm
+from .toy import make_folder
 from .coco import CocoIndex, coco_split, load_index
 from .transforms import read_image
 from .loader import eval_loader
@@ -455,7 +456,7 @@ def write_report(
     "Write the page and the picture."
     out, runs = Path(out), read_runs(paths)
     if out.suffix != '.html': raise ValueError(f'--out {out}: give the name of a file that ends in .html')
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     index = load_index(*coco_split(coco, 'val')) if coco else None
     truth = ground_truth(index) if coco else None
     chosen = {i: o for i, o in enumerate(runs) if coco and (o.path/'model.safetensors').exists()}

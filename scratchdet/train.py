@@ -45,12 +45,11 @@ def parse_args(
 if __name__ == '__main__' and __spec__: args = parse_args()
 
 # %% ../nbs/64_train.ipynb #ecb58f41
-import errno, fcntl, json, os, resource, socket, sys, time
+import errno, fcntl, io, json, os, resource, socket, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache, partial
-from io import TextIOWrapper
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from accelerate import Accelerator, PartialState
@@ -59,7 +58,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from .viz import curves, draw
 from .toy import make_folder
-from .coco import CocoIndex, coco_split, load_index, training_images
+from .coco import CocoIndex, training_images
+from .check import load_both
 from .transforms import read_image
 from .loader import _check_masks, eval_loader, train_loader
 from .matcher import image_keys
@@ -143,7 +143,7 @@ def train_step(
 def claim_folder(
     out:str, # run folder
     recipe:Recipe, # of the run
-)->TextIOWrapper: # the open lock file: the folder is ours until it is closed
+)->io.TextIOWrapper: # the open lock file: the folder is ours until it is closed
     "Make the run folder, or check that it belongs to the same recipe and that no other run is in it."
     out = Path(out)
     file = out/'recipe.json'
@@ -251,13 +251,9 @@ def write_line(
 # %% ../nbs/64_train.ipynb #1bee4ba8
 def _data(coco, masks):
     "Training images with something to learn from, and all validation images."
-    images, val = (load_index(*coco_split(coco, o)) for o in ('train', 'val'))
-    kinds = [dict(zip(o.category_ids.tolist(), o.names)) for o in (images, val)]
-    if odd := kinds[0].items() ^ kinds[1].items():
-        raise ValueError(f'{coco}: the categories of train and val differ, such as {min(odd)}; give both the '
-                         'same ids and names')
-    if masks: _check_masks(images), _check_masks(val)
-    return training_images(images), val
+    both = load_both(coco)
+    for o in both.values() if masks else (): _check_masks(o)
+    return training_images(both['train']), both['val']
 
 def _refuse(recipe, coco, processes):
     "Raise, in one process for all, where the batch, the lr or the data do not suit."
