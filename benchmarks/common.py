@@ -58,8 +58,8 @@ def parser(doc, **numbers):
 
 
 def command():
-    "The command line of this process."
-    return ' '.join(['python', *sys.argv])
+    "The command line of this process, with paths from the folder of the project."
+    return ' '.join(['python', *sys.argv]).replace(f'{Path(__file__).parents[1]}/', '')
 
 
 def write(path, doc):

@@ -59,7 +59,7 @@ from tqdm import tqdm
 from .viz import curves, draw
 from .toy import make_folder
 from .coco import CocoIndex, training_images
-from .check import load_both
+from .check import load_both, warnings
 from .transforms import read_image
 from .loader import _check_masks, eval_loader, train_loader
 from .matcher import image_keys
@@ -146,6 +146,7 @@ def claim_folder(
 )->io.TextIOWrapper: # the open lock file: the folder is ours until it is closed
     "Make the run folder, or check that it belongs to the same recipe and that no other run is in it."
     out = Path(out)
+    if (out/'annotations').exists(): raise ValueError(f'{out}: it holds a data set; give another --out')
     file = out/'recipe.json'
     if file.exists() and (differences := recipe_differences(load_recipe(file), recipe)):
         raise ValueError(f'{file}: this folder holds a run with other settings; ' + '; '.join(differences) +
@@ -501,7 +502,7 @@ def train(
     track, run = check_trackers(track), Run(recipe, coco, out, cpu)
     data, last, asked = _stream(run), run.schedule.steps, 0
     report = Report(run.out/'log.jsonl', run.accelerator, last, run.step, progress)
-    _say(report, _about(run))
+    for o in (_about(run), *warnings(run.images)): _say(report, o)
     signals, tracked, watched, worker = _around(run, track, progress)
     with signals as stop, tracked as trackers, watched as watch, worker as behind:
         while not asked:
