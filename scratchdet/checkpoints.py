@@ -8,6 +8,7 @@ __all__ = ['NAMES', 'TABLE', 'parse_args', 'rename', 'from_mmdet', 'to_mmdet', '
 
 # %% ../nbs/70_checkpoints.ipynb #8b6afb2e
 import argparse
+from .command import one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -34,7 +35,7 @@ def parse_args(
         c.error('--categories, --pixel-mean, --pixel-std and --groups go with --from: our files say these')
     return args
 
-if __name__ == '__main__' and __spec__: args = parse_args()
+if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/70_checkpoints.ipynb #4360955a
 import io, json, re
@@ -248,8 +249,7 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->None:
     "Convert, and say where the result is."
-    try: file = convert(args)
-    except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.checkpoints: {e}')
+    with one_line('scratchdet.checkpoints'): file = convert(args)
     if not args.quiet: print(f'wrote {file}')
 
 # %% ../nbs/70_checkpoints.ipynb #d3da1865

@@ -8,6 +8,7 @@ __all__ = ['layout', 'parse_args', 'coco_split', 'CocoIndex', 'open_index', 'loa
 
 # %% ../nbs/10_coco.ipynb #2efb5e06
 import argparse
+from .command import one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -26,7 +27,7 @@ def parse_args(
     cut.add_argument('--quiet', action='store_true', help='print errors alone')
     return p.parse_args(argv)
 
-if __name__ == '__main__' and __spec__: args = parse_args()
+if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/10_coco.ipynb #b994f27f
 import hashlib, json, os, shutil, tempfile
@@ -353,8 +354,8 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->Path: # the new folder
     "What `python -m scratchdet.coco` does."
-    try: out = coco_subset(args.coco, args.out, args.images, args.val_images, args.seed)
-    except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.coco: {e}')
+    with one_line('scratchdet.coco'):
+        out = coco_subset(args.coco, args.out, args.images, args.val_images, args.seed)
     if not args.quiet: print(out)
     return out
 

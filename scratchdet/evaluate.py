@@ -7,6 +7,7 @@ __all__ = ['parse_args', 'detections_to_coco', 'detect', 'evaluate', 'check_cate
 
 # %% ../nbs/63_evaluate.ipynb #3616993e
 import argparse
+from .command import make_folder, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -22,8 +23,7 @@ def parse_args(
     p.add_argument('--long', type=int, metavar='PX', help='longest side, px (default: as trained, else 1333)')
     p.add_argument('--batch-size', type=int, default=1, metavar='N',
                    help='images at once in each process (default: 1)')
-    p.add_argument('--workers', type=int, default=2, metavar='N',
-                   help='processes that read images (default: 2)')
+    p.add_argument('--workers', type=int, default=2, metavar='N', help='processes that read (default: 2)')
     p.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'],
                    help='bf16 is faster where the processor has it (default: fp32)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
@@ -35,7 +35,7 @@ def parse_args(
             p.error(f'--{name.replace("_", "-")} {value} must be {least} or more')
     return args
 
-if __name__ == '__main__' and __spec__: args = parse_args()
+if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/63_evaluate.ipynb #17bddfe5
 import sys
@@ -46,7 +46,6 @@ from torch import distributed, nn
 from tqdm import tqdm
 from .boxes import xyxy_to_xywh
 from .masks import mask_to_rle
-from .toy import make_folder
 from .coco import CocoIndex, coco_split, load_index
 from .loader import eval_loader
 from .mask_head import mask_rles

@@ -7,6 +7,7 @@ __all__ = ['parse_args', 'FixedDetector', 'plain_nms', 'export_detector', 'save_
 
 # %% ../nbs/73_export.ipynb #31028f54
 import argparse
+from .command import one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -22,10 +23,10 @@ def parse_args(
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     return p.parse_args(argv)
 
-if __name__ == '__main__' and __spec__: args = parse_args()
+if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/73_export.ipynb #095194b9
-import io, json, sys, warnings
+import io, json, warnings
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -139,12 +140,11 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->Path: # the file
     "What `python -m scratchdet.export` does."
-    try:
+    with one_line('scratchdet.export'):
         out, model = _target(args.out), load_model(weights_file(args.weights))
         short, long = eval_scale(model.meta)
         size = args.size or bucket_shape(short, long, bucket_edges(short, long))
         file = save_export(out, export_detector(model, *size, args.images), model.meta)
-    except (ValueError, OSError) as e: sys.exit(f'scratchdet.export: {e}')
     if not args.quiet: print(f'{file}: {args.images} images of {size[0]} x {size[1]} px at once')
     return file
 

@@ -8,6 +8,7 @@ __all__ = ['normalizers', 'parse_args', 'run_length', 'run_hours', 'checkpoint_b
 
 # %% ../nbs/66_plan.ipynb #dc6a088c
 import argparse
+from .command import one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -28,10 +29,9 @@ def parse_args(
     p.add_argument('--quiet', action='store_true', help='print errors alone: is the run refused?')
     return p.parse_args(argv)
 
-if __name__ == '__main__' and __spec__: args = parse_args()
+if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/66_plan.ipynb #3dec4dd1
-import sys
 from dataclasses import fields
 from functools import cache
 from math import isfinite
@@ -230,12 +230,11 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->dict: # what `plan` returns
     "What `python -m scratchdet.plan` does."
-    try:
+    with one_line('scratchdet.plan'):
         recipe = find_recipe(args.recipe, args.set)
         check_lr(recipe.lr, recipe.batch_size, recipe.allow_lr_mismatch)
         images, classes, val, source = _data(args)
         cost = plan(recipe, images, args.processes, args.images_per_second, classes)
-    except (ValueError, OSError) as e: sys.exit(f'scratchdet.plan: {e}')
     if not args.quiet: print(report(recipe, cost, source, f'{val:,} images'))
     return cost
 

@@ -8,6 +8,7 @@ __all__ = ['suffixes', 'parse_args', 'find_images', 'predict', 'save_picture', '
 
 # %% ../nbs/65_predict.ipynb #afeae87d
 import argparse
+from .command import make_folder, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -22,8 +23,7 @@ def parse_args(
     p.add_argument('--count', type=int, default=8, metavar='N', help='images of --coco (default: 8)')
     p.add_argument('--score', type=float, default=.5, metavar='S', help='least score, 0 to 1 (default: 0.5)')
     for name, px in dict(short=800, long=1333).items():
-        p.add_argument(f'--{name}', type=int, metavar='PX',
-                       help=f'{name} side of the images, px (default: as trained, else {px})')
+        p.add_argument(f'--{name}', type=int, metavar='PX', help=f'{name} side, px (default: as trained or {px})')
     p.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'],
                    help='bf16 is faster where the processor has it (default: fp32)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
@@ -36,7 +36,7 @@ def parse_args(
             p.error(f'--{name} {value} must be 1 or more')
     return args
 
-if __name__ == '__main__' and __spec__: args = parse_args()
+if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/65_predict.ipynb #1eebd4b1
 from collections import Counter
@@ -45,7 +45,6 @@ import matplotlib.pyplot as plt
 import orjson, torch
 from tqdm import tqdm
 from .viz import draw, side_by_side
-from .toy import make_folder
 from .coco import CocoIndex, coco_split, load_index
 from .transforms import read_image, resize_image, resized_size
 from .loader import Sample, bucket_edges, bucket_shape, collate
@@ -222,7 +221,7 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->list: # paths of the pictures
     "What `python -m scratchdet.predict` does."
-    try:
+    with one_line('scratchdet.predict'):
         device = 'cuda' if torch.cuda.is_available() and not args.cpu else 'cpu'
         model = load_model(weights_file(args.weights)).to(device)
         short, long = eval_scale(model.meta, args.short, args.long)
@@ -231,7 +230,6 @@ def main(
         if not args.quiet and (other := _passed_over(args.images)):
             print(f'passed over: {other}; images are {", ".join(suffixes)}')
         paths, found, bad = _predict_all(args, model, scale)
-    except (ValueError, OSError) as e: raise SystemExit(f'scratchdet.predict: {e}')
     less = '' if found else f'; nothing scores {args.score:g} or more: --score takes less'
     if paths and not args.quiet: print(f'{len(paths)} pictures with {found} detections in {args.out}{less}')
     if bad: raise SystemExit('\n'.join(f'scratchdet.predict: {o}' for o in bad))

@@ -237,7 +237,7 @@ _demo = replace(
     _mask_6x, name='demo', blocks=(1, 1, 1, 1), width=32, channels=48, fc=256, groups=8,
     pre_nms_topk=(200, 200), post_nms_topk=(100, 100), rpn_batch=64, roi_batch=32,
     short_sides=(128,), long_side=160, batch_size=8, lr=.02, allow_lr_mismatch=True, warmup=50,
-    epochs=7, milestones=(5, 6), images_per_process=8, workers=0, eval_every=4, checkpoint_every=250,
+    epochs=6, milestones=(4, 5), images_per_process=8, workers=0, eval_every=3, checkpoint_every=250,
     report_every=10)
 _coco_mini = replace(
     _demo, name='coco_mini', short_sides=(160,), long_side=256, batch_size=4, lr=.01, epochs=20,
@@ -254,4 +254,5 @@ def find_recipe(
     "The recipe that a command line means."
     if name.endswith('.json'): return apply_settings(load_recipe(name), settings)
     if name in recipes: return apply_settings(recipes[name], settings)
-    raise ValueError(f'no recipe {name!r}; there are {", ".join(recipes)}, or a recipe.json')
+    near = [f'did you mean {o}? ' for o in get_close_matches(name, recipes, n=1)]
+    raise ValueError(f'no recipe {name!r}; {"".join(near)}there are {", ".join(recipes)}, or a recipe.json')

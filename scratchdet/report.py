@@ -9,6 +9,7 @@ __all__ = ['parse_args', 'RunFolder', 'read_run', 'summary', 'read_runs', 'diffe
 
 # %% ../nbs/67_report.ipynb #55aa9c87
 import argparse
+from .command import make_folder, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -24,10 +25,10 @@ def parse_args(
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     return p.parse_args(argv)
 
-if __name__ == '__main__' and __spec__: args = parse_args()
+if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/67_report.ipynb #93189361
-import base64, html, io, json, re, sys
+import base64, html, io, json, re
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,6 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from tqdm import tqdm
-from .toy import make_folder
 from .coco import CocoIndex, coco_split, load_index
 from .transforms import read_image
 from .loader import eval_loader
@@ -476,8 +476,8 @@ def main(
 )->Path: # the html file
     "What `python -m scratchdet.report` does."
     device = 'cuda' if torch.cuda.is_available() and not args.cpu else 'cpu'
-    try: file = write_report(args.runs, args.out, args.coco, device, not args.quiet)
-    except (ValueError, OSError) as e: sys.exit(f'scratchdet.report: {e}')
+    with one_line('scratchdet.report'):
+        file = write_report(args.runs, args.out, args.coco, device, not args.quiet)
     if not args.quiet: print(f'{file} and {file.with_suffix(".png").name}')
     return file
 

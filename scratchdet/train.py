@@ -8,6 +8,7 @@ __all__ = ['parse_args', 'build_detector', 'batches', 'train_step', 'claim_folde
 
 # %% ../nbs/64_train.ipynb #342cf0ae
 import argparse
+from .command import make_folder, start
 from .recipes import Recipe, find_recipe, load_recipe, recipes, save_recipe, settings_help
 
 def _values(argv):
@@ -42,7 +43,7 @@ def parse_args(
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     return p.parse_args(argv)
 
-if __name__ == '__main__' and __spec__: args = parse_args()
+if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/64_train.ipynb #ecb58f41
 import errno, fcntl, io, json, os, resource, socket, sys, time
@@ -57,9 +58,8 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 from .viz import curves, draw
-from .toy import make_folder
 from .coco import CocoIndex, training_images
-from .check import load_both, warnings
+from .check import load_both, suspicious
 from .transforms import read_image
 from .loader import _check_masks, eval_loader, train_loader
 from .matcher import image_keys
@@ -502,7 +502,7 @@ def train(
     track, run = check_trackers(track), Run(recipe, coco, out, cpu)
     data, last, asked = _stream(run), run.schedule.steps, 0
     report = Report(run.out/'log.jsonl', run.accelerator, last, run.step, progress)
-    for o in (_about(run), *warnings(run.images)): _say(report, o)
+    for o in (_about(run), *suspicious(run.images)): _say(report, o)
     signals, tracked, watched, worker = _around(run, track, progress)
     with signals as stop, tracked as trackers, watched as watch, worker as behind:
         while not asked:

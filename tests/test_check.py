@@ -6,7 +6,7 @@ import time
 import pytest
 from PIL import Image
 
-from scratchdet.check import bad_images, boxes_outside, count_split, load_both, main, parse_args, warnings
+from scratchdet.check import bad_images, boxes_outside, count_split, load_both, main, parse_args, suspicious
 from scratchdet.coco import coco_split, load_index
 from scratchdet.loader import load_sample
 from scratchdet.toy import make_toy
@@ -92,7 +92,7 @@ def test_a_few_boxes_may_leave(copy, share, warned):
         for o in doc['annotations'][:round(20 * share)]: o['bbox'] = [-30, -30, 90, 90]
     edit(copy, 'train', change)
     index = load_index(*coco_split(copy, 'train'))
-    assert boxes_outside(index).sum() == 20 * share and bool(said := warnings(index)) == warned
+    assert boxes_outside(index).sum() == 20 * share and bool(said := suspicious(index)) == warned
     assert not warned or 'other images' in said[0]
 
 
@@ -154,4 +154,4 @@ def test_real_images(coco_mini):
     "The form of its labels is not doubted, and every image is whole."
     for split in ('train', 'val'):
         index = load_index(*coco_split(coco_mini, split))
-        assert warnings(index) == [] and bad_images(index) == [] and not boxes_outside(index).any()
+        assert suspicious(index) == [] and bad_images(index) == [] and not boxes_outside(index).any()

@@ -2,9 +2,12 @@
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from pages import pages, root
@@ -147,3 +150,28 @@ def test_quiet_is_quiet(name, words, capfd, recwarn):
     module.main(module.parse_args([*words[name].split(), '--quiet']))
     assert capfd.readouterr() == ('', '')
     assert not [str(o.message) for o in recwarn if not issubclass(o.category, silent)]
+
+
+def interrupted(name, words, ready):
+    "Exit status and error stream of a command that gets a SIGINT as soon as `ready(pid)`."
+    with subprocess.Popen([sys.executable, '-m', f'scratchdet.{name}', *words.split()], stderr=subprocess.PIPE, text=True) as process:
+        while not ready(process.pid):
+            assert process.poll() is None
+            time.sleep(.01)
+        process.send_signal(signal.SIGINT)
+        return process.wait(), process.stderr.read()
+
+
+@pytest.mark.parametrize('name', ['toy', 'check', 'train', 'evaluate', 'predict', 'report'])
+def test_ctrl_c_is_one_line(name, words):
+    "As soon as PyTorch is being loaded, which is when it comes as a rule."
+    def loads(pid): return 'libtorch_cpu' in Path(f'/proc/{pid}/maps').read_text()
+    status, text = interrupted(name, words[name], loads)
+    assert status != 0 and text == f'\nscratchdet.{name}: stopped by Ctrl-C\n'
+
+
+@pytest.mark.parametrize('words, says', [
+    ('train --cpu', 'scratchdet: commands have a dot: python -m scratchdet.train'), ('learn', "scratchdet: 'learn' is no command\ncommands:")])
+def test_a_space_in_place_of_the_dot(words, says):
+    done = subprocess.run([sys.executable, '-m', 'scratchdet', *words.split()], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(says) and not done.stdout
