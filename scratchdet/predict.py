@@ -22,8 +22,8 @@ def parse_args(
     p.add_argument('--split', default='val', metavar='NAME', help='of --coco: train or val (default: val)')
     p.add_argument('--count', type=int, default=8, metavar='N', help='images of --coco (default: 8)')
     p.add_argument('--score', type=float, default=.5, metavar='S', help='least score, 0 to 1 (default: 0.5)')
-    for name, px in dict(short=800, long=1333).items():
-        p.add_argument(f'--{name}', type=int, metavar='PX', help=f'{name} side, px (default: as trained or {px})')
+    for k, px in dict(short=800, long=1333).items():
+        p.add_argument(f'--{k}', type=int, metavar='PX', help=f'{k} side, px (default: as trained or {px})')
     p.add_argument('--precision', default='fp32', choices=['fp32', 'bf16'],
                    help='bf16 is faster where the processor has it (default: fp32)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')

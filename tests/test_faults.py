@@ -1,6 +1,7 @@
 "What a cluster does to a run: each fault ends it with a message, soon, and the folder goes on as if nothing had been."
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -224,11 +225,13 @@ def damaged(toy, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_a_damaged_image_stops_a_run(workers, damaged, tmp_path):
+def test_a_damaged_image_stops_a_run(workers, damaged, tmp_path, capsys):
+    "With a message in a line of its own: that of the bar has ended."
     root, name, _ = damaged
     words = command(replace(tiny, workers=workers), root, tmp_path/'run')[3:]
-    with pytest.raises(SystemExit) as e: main(parse_args(words))
+    with pytest.raises(SystemExit) as e: main(parse_args([o for o in words if o != '--quiet']))
     assert name in str(e.value) and '\n' not in str(e.value)
+    assert re.search(r'%\|.*/8 \[.*\]\n$', capsys.readouterr().err)
 
 
 def test_a_damaged_image_is_skipped_if_asked(damaged, tmp_path):

@@ -9,9 +9,10 @@ import torch
 from scratchdet import train
 from scratchdet.detector import faster_rcnn, mask_rcnn
 from scratchdet.loader import Batch
+from scratchdet.log import Report, write_line
 from scratchdet.matcher import image_keys
 from scratchdet.optim import sgd
-from scratchdet.train import Report, _step, write_line
+from scratchdet.train import _step
 from test_detector import LOSSES, batch_of, small
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -16,7 +16,7 @@ from runs import command, finish, log, losses, start, tiny, toy  # noqa: F401  (
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.optim import sgd, usable_precision
 from scratchdet.recipes import recipes
-from scratchdet.train import Run, batches, build_detector, main, parse_args, train, train_step
+from scratchdet.train import Run, _scores, batches, build_detector, main, parse_args, train, train_step
 from scratchdet.weights import load_model, read_meta
 
 
@@ -205,6 +205,7 @@ def test_a_validation_set_in_which_nothing_is_to_be_found(toy, tmp_path):  # noq
     file, = root.glob('annotations/instances_val*.json')
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(annotations=[])))
     results = train(replace(tiny, epochs=1), root, tmp_path/'run', progress=False)
+    assert _scores(results) == 'step 4: box AP -, mask AP -'
     assert results['bbox']['AP'] is None and (tmp_path/'run/predictions.png').exists() and (tmp_path/'run/curves.png').exists()
 
 
