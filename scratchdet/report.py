@@ -456,6 +456,7 @@ def write_report(
     "Write the page and the picture."
     out, runs = Path(out), read_runs(paths)
     if out.suffix != '.html': raise ValueError(f'--out {out}: give the name of a file that ends in .html')
+    if out.is_dir(): raise IsADirectoryError(f'--out {out} is a folder: give the name of a file')
     make_folder(out.parent)
     index = load_index(*coco_split(coco, 'val')) if coco else None
     truth = ground_truth(index) if coco else None

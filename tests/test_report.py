@@ -94,6 +94,13 @@ def test_what_is_no_run(folders, tmp_path):
     assert done.stderr.count('\n') == 1 and not list(tmp_path.iterdir())
 
 
+def test_a_page_with_the_name_of_a_folder(folders, tmp_path):
+    (tmp_path/'a.html').mkdir()
+    done = command(folders/'masks', '--out', tmp_path/'a.html')
+    assert done.returncode == 1 and done.stderr == f'scratchdet.report: --out {tmp_path}/a.html is a folder: give the name of a file\n'
+    assert [o.name for o in tmp_path.rglob('*')] == ['a.html']
+
+
 @pytest.mark.parametrize('options, message', [
     (dict(out='a.htm'), 'ends in .html'), (dict(out='a.html', coco='nowhere'), 'nowhere does not exist')])
 def test_wrong_arguments(folders, tmp_path, monkeypatch, options, message):
