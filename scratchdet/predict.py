@@ -39,6 +39,7 @@ def parse_args(
 if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/65_predict.ipynb #1eebd4b1
+import os
 from collections import Counter
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -166,20 +167,26 @@ def to_coco(
     return dict(images=images, categories=categories, annotations=rows)
 
 # %% ../nbs/65_predict.ipynb #89da9dc2
+def _picture_names(files):
+    "Names for the pictures, the shortest first: that of the file, its path below what all share, a number."
+    yield [o.name for o in files]
+    full = [os.path.abspath(o) for o in files]
+    top = os.path.commonpath([os.path.dirname(o) for o in full])
+    yield [os.path.relpath(o, top).replace(os.sep, '_') for o in full]
+    yield [f'{i}_{o.name}' for i, o in enumerate(files, 1)]
+
 def picture_paths(
     files:list, # image paths
     out:str, # folder of the pictures
-)->list: # of Path, one for each image
+)->list: # of Path, one for each image, all different
     "Where the picture of each image goes."
-    out, files, first = Path(out), [Path(o) for o in files], {}
+    out, files = Path(out), [Path(o) for o in files]
     if out.resolve() in {o.parent.resolve() for o in files} | {o.resolve().parent for o in files}:
         raise ValueError(f'{out} is a folder of images, and a second run would find its own pictures there: '
                          f'choose another --out, {out/"found"} for example')
-    paths = [out/(o.name if o.suffix.lower() == '.jpg' else f'{o.name}.jpg') for o in files]
-    for file, path in zip(files, paths):
-        if first.setdefault(path, file) != file:
-            raise ValueError(f'{first[path]} and {file} would both become {path}: predict them in two runs')
-    return paths
+    for names in _picture_names(files):
+        paths = [out/(o if o.lower().endswith('.jpg') else f'{o}.jpg') for o in names]
+        if len({*paths}) == len(files): return paths
 
 # %% ../nbs/65_predict.ipynb #3b4dcfe0
 def _source(args, model):

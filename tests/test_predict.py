@@ -187,7 +187,6 @@ def test_prediction_is_evaluation(toy, weights, tmp_path):
     (['torn.jpg'], 'torn.jpg is not an image'),
     (['empty'], r'empty has no image \(.jpg, .*\): give a folder that has'),
     (['phone'], r'phone has no image \(.jpg, .*\), only 1 .heic: convert these'),
-    (['a/x.jpg', 'b/x.jpg'], 'would both become'),
     (['--coco', 'nowhere'], 'nowhere'),
 ])
 def test_faults_are_named_in_one_line(toy, weights, tmp_path, monkeypatch, words, fault):
@@ -197,10 +196,26 @@ def test_faults_are_named_in_one_line(toy, weights, tmp_path, monkeypatch, words
     (tmp_path/'notes.txt').write_text('no image')
     jpg = sorted((toy/'val2017').glob('*.jpg'))[0].read_bytes()
     (tmp_path/'torn.jpg').write_bytes(jpg[:40])
-    for o in 'ab': (tmp_path/o).mkdir(), (tmp_path/o/'x.jpg').write_bytes(jpg)
     with pytest.raises(SystemExit, match=fault) as e:
         main(parse_args([*words, '--weights', str(weights), '--out', 'out', '--cpu', '--quiet']))
     assert '\n' not in str(e.value) and str(e.value).startswith('scratchdet.predict: ')
+
+
+@pytest.mark.parametrize('coco', [True, False])
+def test_equal_names_in_two_folders(toy, weights, tmp_path, coco):
+    "Every image has its picture, in a data set with folders inside and with two folders on the command line."
+    source = tmp_path/'data/val2017'
+    files = sorted((toy/'val2017').glob('*.jpg'))[:2]
+    for folder, file in zip('ab', files): (source/folder).mkdir(parents=True), shutil.copy(file, source/folder/'x.jpg')
+    doc = json.loads((toy/'annotations/instances_val2017.json').read_text())
+    names = {file.name: f'{folder}/x.jpg' for folder, file in zip('ab', files)}
+    doc['images'] = [o | dict(file_name=names[o['file_name']]) for o in doc['images'] if o['file_name'] in names]
+    doc['annotations'] = [o for o in doc['annotations'] if o['image_id'] in {o['id'] for o in doc['images']}]
+    (tmp_path/'data/annotations').mkdir()
+    (tmp_path/'data/annotations/instances_val2017.json').write_text(json.dumps(doc))
+    words = ['--coco', tmp_path/'data'] if coco else [source/'a', source/'b']
+    paths = main(parse_args([*map(str, words), '--weights', str(weights), '--out', str(tmp_path/'out'), '--cpu', '--quiet']))
+    assert sorted(o.name for o in paths) == ['a_x.jpg', 'b_x.jpg'] and all(o.exists() for o in paths)
 
 
 @pytest.mark.parametrize('module, words', [('predict', ['x.jpg']), ('evaluate', ['--coco', 'x'])])
