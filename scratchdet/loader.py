@@ -182,7 +182,8 @@ class GlobalBatch(NamedTuple):
     sizes:np.ndarray  # (B, 2) h, w at network scale, px
     flips:np.ndarray  # (B,) bool, mirrored
     shape:tuple       # (H, W) that all are padded to, px
-    count:int         # images of this view, from the first on; the others can stand in for them
+    count:int         # images of this view; the others can stand in for them
+    first:int=0       # position of its first image
 
 def _scaled(sizes, shorts, long, buckets, pad_to=32):
     "Resized and padded sizes, each (n, 2), of images with these short sides."
@@ -228,9 +229,9 @@ def plan_epoch(
     scaled, padded = _scaled(sizes, shorts, long_side, buckets)
     batches = _grouped(padded, chance(0), batch_size)
     order = np.argsort(hash_ids(np.arange(len(batches)), seed, epoch, 3))
-    batches = [batches[i] for i in order]
-    return [GlobalBatch(o, scaled[o], flips[o], tuple(padded[o].max(0).tolist()), batch_size)
-            for o in batches]
+    images = np.stack([batches[i] for i in order])  # (batches, B)
+    shapes = map(tuple, padded[images].max(1).tolist())
+    return [GlobalBatch(*o, batch_size) for o in zip(images, scaled[images], flips[images], shapes)]
 
 # %% ../nbs/12_loader.ipynb #8437a57f
 class Batches(Dataset):
@@ -247,7 +248,7 @@ class Batches(Dataset):
 
     def _sample(self, part, j, skipped):
         "The image at place `j`, or the next one that can be read."
-        for k in (np.arange(j, j + len(part.images)) % len(part.images)).tolist():
+        for k in np.roll(np.arange(len(part.images)), -part.first - j).tolist():
             i, size, flip = int(part.images[k]), part.sizes[k].tolist(), bool(part.flips[k])
             try: return load_sample(self.index, i, size, flip, self.masks, self.objects)
             except (ValueError, OSError) as e:
@@ -265,11 +266,10 @@ class Batches(Dataset):
 def _share(batches, process, processes, accumulation):
     "The parts of each global batch that one process works on, in order."
     parts = []
-    for images, sizes, flips, shape, total in batches:
-        each = total // (processes * accumulation)
-        for start in range(process * each, total, processes * each):
-            own = [np.roll(o, -start, axis=0) for o in (images, sizes, flips)]
-            parts.append(GlobalBatch(*own, shape, each))
+    for o in batches:
+        each = o.count // (processes * accumulation)
+        firsts = range(process * each, o.count, processes * each)
+        parts += [o._replace(count=each, first=first) for first in firsts]
     return parts
 
 def _check_masks(index):
