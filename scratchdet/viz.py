@@ -49,10 +49,11 @@ def _captions(labels, scores, names, n):
     words = [''] * n if labels is None else [str(int(o)) if names is None else names[int(o)] for o in labels]
     return words if scores is None else [f'{o} {float(s):.2f}'.strip() for o, s in zip(words, scores)]
 
-def _write(ax, x, y, text, colour):
-    "A caption at a corner, black or white, whichever is easier to read on its colour."
+def _write(ax, x1, x2, y, text, colour):
+    "A caption above a box, black or white, whichever is easier to read; it grows to the left near the right edge."
     ink = 'black' if .3 * colour[0] + .59 * colour[1] + .11 * colour[2] > .45 else 'white'
-    ax.text(x, y, text, fontsize=8, color=ink, va='bottom' if y > 8 else 'top', clip_on=True,
+    x, side = (x2, 'right') if x1 > .7 * ax.get_xlim()[1] else (x1, 'left')
+    ax.text(x, y, text, fontsize=8, color=ink, ha=side, va='bottom' if y > 8 else 'top', clip_on=True,
             bbox=dict(facecolor=colour, pad=.5, lw=0))
 
 # %% ../nbs/01_viz.ipynb #66b94576
@@ -79,7 +80,7 @@ def draw(
         if boxes is None: continue
         x1, y1, x2, y2 = torch.as_tensor(boxes[i]).tolist()
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colours[kind], lw=1.5))
-        if text: _write(ax, x1, y1, text, colours[kind])
+        if text: _write(ax, x1, x2, y1, text, colours[kind])
     return ax
 
 # %% ../nbs/01_viz.ipynb #0d51b44a
