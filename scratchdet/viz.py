@@ -50,7 +50,7 @@ def _captions(labels, scores, names, n):
     return words if scores is None else [f'{o} {float(s):.2f}'.strip() for o, s in zip(words, scores)]
 
 def _write(ax, x1, x2, y, text, colour):
-    "A caption above a box, black or white, whichever is easier to read; it grows to the left near the right edge."
+    "A caption at a box, black or white, whichever is easier to read; at the right it grows inwards."
     ink = 'black' if .3 * colour[0] + .59 * colour[1] + .11 * colour[2] > .45 else 'white'
     x, side = (x2, 'right') if x1 > .7 * ax.get_xlim()[1] else (x1, 'left')
     ax.text(x, y, text, fontsize=8, color=ink, ha=side, va='bottom' if y > 8 else 'top', clip_on=True,
