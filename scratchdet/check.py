@@ -7,14 +7,14 @@ __all__ = ['parse_args', 'boxes_outside', 'suspicious', 'count_split', 'bad_imag
 
 # %% ../nbs/13_check.ipynb #8ab32473
 import argparse
-from .command import one_line, start
+from .command import Parser, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # coco, quiet
     "The command line of `python -m scratchdet.check`."
-    p = argparse.ArgumentParser('python -m scratchdet.check',
-                                description='Read all annotations and decode every image of a data set.')
+    p = Parser('python -m scratchdet.check',
+               description='Read all annotations and decode every image of a data set.')
     p.add_argument('--coco', required=True, metavar='DIR', help='with annotations/, train2017/, val2017/')
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     return p.parse_args(argv)

@@ -8,13 +8,13 @@ __all__ = ['NAMES', 'TABLE', 'parse_args', 'rename', 'from_mmdet', 'to_mmdet', '
 
 # %% ../nbs/70_checkpoints.ipynb #8b6afb2e
 import argparse
-from .command import one_line, start
+from .command import Parser, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # command, source, target, origin, to, categories, pixel_mean, pixel_std, groups, quiet
     "The command line of `python -m scratchdet.checkpoints`."
-    p = argparse.ArgumentParser(prog='python -m scratchdet.checkpoints', description='Convert weights.')
+    p = Parser(prog='python -m scratchdet.checkpoints', description='Convert weights.')
     commands = p.add_subparsers(dest='command', required=True)
     c = commands.add_parser('convert', help='weights of another code base in or out')
     way = c.add_mutually_exclusive_group(required=True)

@@ -8,13 +8,13 @@ __all__ = ['layout', 'parse_args', 'coco_split', 'CocoIndex', 'open_index', 'loa
 
 # %% ../nbs/10_coco.ipynb #2efb5e06
 import argparse
-from .command import one_line, start
+from .command import Parser, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # coco, out, images, val_images, seed, quiet
     "The command line of `python -m scratchdet.coco`."
-    p = argparse.ArgumentParser('python -m scratchdet.coco', description='Work on folders in COCO layout.')
+    p = Parser('python -m scratchdet.coco', description='Work on folders in COCO layout.')
     cut = p.add_subparsers(dest='action', required=True, metavar='ACTION').add_parser(
         'subset', help='copy some images with their annotations',
         description='Copy some images with their annotations; categories are as frequent as in the whole.')

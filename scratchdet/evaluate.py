@@ -7,13 +7,13 @@ __all__ = ['parse_args', 'detections_to_coco', 'detect', 'evaluate', 'check_cate
 
 # %% ../nbs/63_evaluate.ipynb #3616993e
 import argparse
-from .command import make_folder, start
+from .command import Parser, make_folder, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # weights, coco, split, out and the rest
     "The command line of `python -m scratchdet.evaluate`."
-    p = argparse.ArgumentParser(prog='python -m scratchdet.evaluate', description='COCO AP of a detector.')
+    p = Parser(prog='python -m scratchdet.evaluate', description='COCO AP of a detector.')
     p.add_argument('--weights', required=True, metavar='FILE', help='or folder of a run, or hf://USER/NAME')
     p.add_argument('--coco', required=True, metavar='DIR', help='with val2017/ and annotations/')
     p.add_argument('--split', default='val', metavar='NAME', help='train or val (default: val)')

@@ -7,14 +7,14 @@ __all__ = ['parse_args', 'FixedDetector', 'plain_nms', 'export_detector', 'save_
 
 # %% ../nbs/73_export.ipynb #31028f54
 import argparse
-from .command import one_line, start
+from .command import Parser, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # weights, out, size, images, quiet
     "The command line of `python -m scratchdet.export`."
-    p = argparse.ArgumentParser(prog='python -m scratchdet.export', description='Write a detector as a .pt2 '
-                                'file, which torch.export.load reads without scratchdet.')
+    p = Parser(prog='python -m scratchdet.export', description='Write a detector as a .pt2 '
+               'file, which torch.export.load reads without scratchdet.')
     p.add_argument('--weights', required=True, metavar='FILE', help='or folder of a run, or hf://USER/NAME')
     p.add_argument('--out', required=True, metavar='FILE.pt2', help='file to write')
     p.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='padded height and width of the '

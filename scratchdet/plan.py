@@ -8,13 +8,13 @@ __all__ = ['normalizers', 'parse_args', 'run_length', 'run_hours', 'checkpoint_b
 
 # %% ../nbs/66_plan.ipynb #dc6a088c
 import argparse
-from .command import one_line, start
+from .command import Parser, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # recipe, processes, images_per_second, coco, images, set, quiet
     "The command line of `python -m scratchdet.plan`."
-    p = argparse.ArgumentParser(prog='python -m scratchdet.plan', description='What a run costs.')
+    p = Parser(prog='python -m scratchdet.plan', description='What a run costs.')
     p.add_argument('--recipe', required=True, metavar='NAME', help='a named recipe, or a recipe.json')
     p.add_argument('--processes', type=int, required=True, metavar='P', help='GPUs, one process each')
     p.add_argument('--images-per-second', type=float, required=True, metavar='R',

@@ -8,13 +8,13 @@ __all__ = ['suffixes', 'parse_args', 'find_images', 'predict', 'save_picture', '
 
 # %% ../nbs/65_predict.ipynb #afeae87d
 import argparse
-from .command import make_folder, one_line, start
+from .command import Parser, make_folder, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # weights, images or coco, out and the rest
     "The command line of `python -m scratchdet.predict`."
-    p = argparse.ArgumentParser(prog='python -m scratchdet.predict', description='Find objects in images.')
+    p = Parser(prog='python -m scratchdet.predict', description='Find objects in images.')
     p.add_argument('images', nargs='*', help='image files, and folders of them (not the folders inside)')
     p.add_argument('--weights', required=True, metavar='FILE', help='or folder of a run, or hf://USER/NAME')
     p.add_argument('--out', required=True, metavar='DIR', help='for pictures, all JPEG, and predictions.json')

@@ -9,14 +9,14 @@ __all__ = ['parse_args', 'RunFolder', 'read_run', 'summary', 'read_runs', 'diffe
 
 # %% ../nbs/67_report.ipynb #55aa9c87
 import argparse
-from .command import make_folder, one_line, start
+from .command import Parser, make_folder, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # runs, out, coco, cpu, quiet
     "The command line of `python -m scratchdet.report`."
-    p = argparse.ArgumentParser(prog='python -m scratchdet.report',
-                                description='One html file, and a png, on one training run or several.')
+    p = Parser(prog='python -m scratchdet.report',
+               description='One html file, and a png, on one training run or several.')
     p.add_argument('runs', nargs='+', metavar='RUN', help='run folder: what --out of scratchdet.train was')
     p.add_argument('--out', required=True, metavar='FILE.html', help='page to write; FILE.png comes too')
     p.add_argument('--coco', metavar='DIR', help='with val2017/ and annotations/: run the models on these '

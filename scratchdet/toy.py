@@ -7,13 +7,13 @@ __all__ = ['toy_names', 'parse_args', 'toy_image', 'make_toy', 'example_coco', '
 
 # %% ../nbs/02_toy.ipynb #26efb192
 import argparse
-from .command import _check_no_file, make_folder, one_line, start
+from .command import Parser, _check_no_file, make_folder, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # out, train, val, size, seed, quiet
     "The command line of `python -m scratchdet.toy`."
-    p = argparse.ArgumentParser(prog='python -m scratchdet.toy', description='Draw a toy set in COCO layout.')
+    p = Parser(prog='python -m scratchdet.toy', description='Draw a toy set in COCO layout.')
     p.add_argument('--out', required=True, metavar='DIR', help='folder to make')
     p.add_argument('--train', type=int, default=1000, metavar='N', help='training images (default: 1000)')
     p.add_argument('--val', type=int, default=200, metavar='N', help='validation images (default: 200)')

@@ -8,7 +8,7 @@ __all__ = ['parse_args', 'build_detector', 'batches', 'train_step', 'claim_folde
 
 # %% ../nbs/64_train.ipynb #342cf0ae
 import argparse
-from .command import make_folder, start
+from .command import Parser, make_folder, start
 from .recipes import Recipe, find_recipe, load_recipe, recipes, save_recipe, settings_help
 
 def _values(argv):
@@ -27,7 +27,7 @@ def parse_args(
     argv:list=None, # words of the command line; those of the process by default
 )->argparse.Namespace: # recipe, coco, out, set, track, cpu, quiet
     "The command line of `python -m scratchdet.train`."
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog='python -m scratchdet.train', formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train a detector from random weights; the same command resumes.', epilog=_values(argv))
     p.add_argument('--recipe', required=True, metavar='NAME',

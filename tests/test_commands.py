@@ -175,3 +175,12 @@ def test_ctrl_c_is_one_line(name, words):
 def test_a_space_in_place_of_the_dot(words, says):
     done = subprocess.run([sys.executable, '-m', 'scratchdet', *words.split()], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(says) and not done.stdout
+
+
+@each
+def test_a_misspelt_option_is_named(name, monkeypatch, capsys):
+    "Also where the command lacks another, or the option itself."
+    whole = list(filled(parser(name, monkeypatch), 'x'))
+    for words in [whole[:1]] if name in ('coco', 'checkpoints') else [whole, []]:
+        with pytest.raises(SystemExit) as e: import_module(f'scratchdet.{name}').parse_args([*words, '--quiett'])
+        assert e.value.code == 2 and capsys.readouterr().err.endswith('; there is no --quiett, did you mean --quiet?\n')
