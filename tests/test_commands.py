@@ -154,7 +154,9 @@ def test_quiet_is_quiet(name, words, capfd, recwarn):
 
 def interrupted(name, words, ready):
     "Exit status and error stream of a command that gets a SIGINT as soon as `ready(pid)`."
-    with subprocess.Popen([sys.executable, '-m', f'scratchdet.{name}', *words.split()], stderr=subprocess.PIPE, text=True) as process:
+    def listens(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell has put behind it does not
+    command = [sys.executable, '-m', f'scratchdet.{name}', *words.split()]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:
         while not ready(process.pid):
             assert process.poll() is None
             time.sleep(.01)
