@@ -35,7 +35,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 		echo 'No Python 3.10, 3.11 or 3.12 with venv found: install one (Debian: python3-venv), or make PYTHON=/path/to/python3.12' >&2; exit 1; }
 	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 	@echo 'installs all that is needed into $(VENV): some minutes'
-	python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[dev]'
+	python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 install: $(STAMP)

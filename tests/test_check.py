@@ -77,7 +77,9 @@ def test_corners_are_warned_of(copy, capsys):
             o['bbox'] = [x, y, x + w, y + h]
     edit(copy, 'val', change)
     counts = main(parse_args(['--coco', str(copy)]))
-    line, = [o for o in capsys.readouterr().out.splitlines() if 'leave' in o]
+    *lines, end = capsys.readouterr().out.splitlines()
+    line, = [o for o in lines if 'leave' in o]
+    assert line.startswith('warning: ') and end == 'every image can be read; 1 warning above'
     n = counts['val']['boxes over the edge']
     total = counts['val']['objects'] + counts['val']['crowds']
     assert line.endswith(f'instances_val2017.json: {n} of {total} boxes leave their image: COCO writes x, y, width, height, not two corners')
