@@ -131,9 +131,7 @@ def normalize(self:Detector,
     x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
     h, w = (torch.arange(n, device=images.device) for n in images.shape[-2:])
     inside = (h < sizes[:, :1])[:, :, None] & (w < sizes[:, 1:])[:, None]  # (N, H, W)
-    # the loader gives channels_last, which a GPU wants and a CPU is slower with
-    layout = torch.channels_last if x.is_cuda else torch.contiguous_format
-    return (x * inside[:, None]).contiguous(memory_format=layout)
+    return (x * inside[:, None]).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/50_detector.ipynb #6524edde
 def _full(x:Tensor): return x.to(torch.promote_types(x.dtype, torch.float32))

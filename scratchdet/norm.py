@@ -15,23 +15,30 @@ def _layout(x):
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
-def _wide(x, groups):
-    "Groups in a row, (N, G, m), in float32 or wider."
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.reshape(len(x), groups, x.shape[1:].numel() // groups)
+def _wide(x):
+    "`x` in float32 or wider."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-# %% ../nbs/20_norm.ipynb #1fede50d
+def _group_mean(x, groups):
+    "Mean of each group of channels, (N, G)."
+    return x.mean((2, 3)).unflatten(1, (groups, -1)).mean(-1)
+
+def _to_channels(x, channels):
+    "What each group has, (N, G), for every channel: (N, C, 1, 1)."
+    return x.repeat_interleave(channels // x.shape[1], 1)[..., None, None]
+
+# %% ../nbs/20_norm.ipynb #d50421b8
 @torch.library.custom_op('scratchdet::group_norm', mutates_args=())
 def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, residual: Tensor | None,
                 relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _wide(x, groups)
-    mean = wide.mean(-1)  # (N, G)
-    centred = wide - mean[..., None]
-    rstd = (centred.square().mean(-1) + eps).rsqrt()
-    y = (centred * rstd[..., None]).reshape(x.shape)
-    y = y * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
-    if residual is not None: y = y + residual
-    if relu: y = y.relu()
+    wide, (_, c, _, _) = _wide(x), x.shape
+    mean = _group_mean(wide, groups)  # (N, G)
+    centred = wide - _to_channels(mean, c)
+    rstd = (_group_mean(centred.square(), groups) + eps).rsqrt()
+    scale = _to_channels(rstd, c) * weight.view(-1, 1, 1)  # (N, C, 1, 1)
+    y = torch.addcmul(bias.view(-1, 1, 1), centred, scale, out=centred)
+    if residual is not None: y.add_(residual)
+    if relu: y.relu_()
     return y.to(x.dtype).contiguous(memory_format=_layout(x)), mean, rstd
 
 # %% ../nbs/20_norm.ipynb #f556814a
@@ -39,35 +46,17 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 def _group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
                          y: Tensor | None, groups: int, residual: bool,
                          ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    masked = dy if y is None else dy * (y > 0)
-    wide, grad = _wide(x, groups), _wide(masked, groups)  # (N, G, m) each
-    xhat = (wide - mean[..., None]) * rstd[..., None]
-    dweight = (grad * xhat).reshape(x.shape).sum((0, 2, 3))
-    dbias = grad.reshape(x.shape).sum((0, 2, 3))
-    h = (grad.reshape(x.shape) * weight.view(-1, 1, 1)).reshape(grad.shape)
-    dx = (h - h.mean(-1, keepdim=True) - xhat * (h * xhat).mean(-1, keepdim=True)) * rstd[..., None]
-    dx = dx.reshape(x.shape).to(x.dtype).contiguous(memory_format=_layout(x))
-    masked = masked.contiguous(memory_format=_layout(x)) if residual and y is not None else dy.new_empty(0)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), masked
-
-# %% ../nbs/20_norm.ipynb #07a19b40
-@_group_norm.register_kernel('cpu')
-def _group_norm_cpu(x, weight, bias, groups, eps, residual, relu):
-    (n, c, h, w), layout, x = x.shape, _layout(x), x.contiguous()
-    y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
-    if residual is not None: y.add_(residual)
-    if relu: y.relu_()
-    return y.contiguous(memory_format=layout), mean, rstd
-
-@_group_norm_backward.register_kernel('cpu')
-def _group_norm_backward_cpu(dy, x, weight, bias, mean, rstd, y, groups, residual):
-    (n, c, h, w), layout, x = x.shape, _layout(x), x.contiguous()
-    masked = dy.contiguous()
-    if y is not None: masked = torch.ops.aten.threshold_backward(masked, y.contiguous(), 0)
-    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-        masked, x, mean, rstd, weight, n, c, h * w, groups, [True, True, True])
-    masked = masked.contiguous(memory_format=layout) if residual and y is not None else dy.new_empty(0)
-    return dx.contiguous(memory_format=layout), dweight, dbias, masked
+    (_, c, h, w), layout = x.shape, _layout(x)
+    masked = dy.contiguous(memory_format=layout)
+    if y is not None: masked = torch.ops.aten.threshold_backward(masked, y, 0)
+    grad, centred, rstds = _wide(masked), _wide(x) - _to_channels(mean, c), _to_channels(rstd, c)
+    dbias = grad.sum((2, 3), keepdim=True)  # (N, C, 1, 1) each
+    dweight = (grad * centred).sum((2, 3), keepdim=True) * rstds
+    mean_h, mean_hx = (_group_mean(o * weight.view(-1, 1, 1), groups) / (h * w) for o in (dbias, dweight))
+    slope, offset = (_to_channels(-o, c) for o in (mean_hx * rstd**2, mean_h * rstd))
+    dx = torch.addcmul(offset, centred, slope, out=centred).addcmul_(grad, rstds * weight.view(-1, 1, 1))
+    return (dx.to(x.dtype).contiguous(memory_format=layout), dweight.sum((0, 2, 3)).to(weight.dtype),
+            dbias.sum((0, 2, 3)).to(weight.dtype), masked if residual and y is not None else dy.new_empty(0))
 
 # %% ../nbs/20_norm.ipynb #d9faf748
 @_group_norm.register_fake

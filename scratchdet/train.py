@@ -72,7 +72,7 @@ from .track import Trackers, check_trackers, evaluations, read_evaluation
 from .count import count_apart, start_count, table
 from .behind import Behind
 from .schedule import check_lr, epoch_steps, split_batch
-from .optim import check_trainable, sgd, usable_precision
+from .optim import check_trainable, keep_memory, sgd, usable_precision
 from .recipes import detector_arguments, recipe_differences, recipe_schedule
 from .evaluate import detect
 
@@ -218,7 +218,7 @@ class Run:
         by_main(claim, a)
         self.detector = build_detector(recipe, len(self.images.category_ids)).train()
         check_trainable(self.detector)
-        if not cpu: _for_gpu(self.detector)
+        keep_memory() if cpu else _for_gpu(self.detector)
         optimizer = sgd(self.detector, recipe.lr, recipe.momentum, recipe.weight_decay)
         self.model, self.optimizer = a.prepare(self.detector, optimizer)
         names, ids = list(self.images.names), self.images.category_ids.tolist()
