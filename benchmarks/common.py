@@ -1,6 +1,7 @@
 "What all benchmarks share: the machine, memory, turns, json files."
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -31,6 +32,34 @@ def seconds_of(do):
     start = time.perf_counter()
     do()
     return time.perf_counter() - start
+
+
+class Apart:
+    "A function with a process of its own, so that memory and settings of one do not touch the other's: `build(*args)` returns the function."
+    def __init__(self, build, *args):
+        context = multiprocessing.get_context('spawn')
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, build, args))
+        self.process.start()
+        theirs.close()
+
+    def __call__(self):
+        "Call it over there, and wait for it."
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+    def end(self):
+        "End the process; its peak memory, GB."
+        self.pipe.send(False)
+        peak = self.pipe.recv()
+        self.process.join()
+        return peak
+
+
+def _serve(pipe, build, args):
+    do = build(*args)
+    while pipe.recv(): pipe.send(do())
+    pipe.send(own_peak())
 
 
 def take_turns(functions, repeats):

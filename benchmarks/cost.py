@@ -10,7 +10,7 @@ import numpy as np
 
 from common import command, hardware, parser, seconds_of, write
 from scratchdet.matcher import image_keys
-from scratchdet.optim import sgd, usable_precision
+from scratchdet.optim import keep_memory, sgd, usable_precision
 from scratchdet.recipes import recipes
 from scratchdet.train import build_detector
 from train_step import random_batch, stepper
@@ -49,6 +49,7 @@ def main():
     p = parser(__doc__, repeats=(5, 'of each value'), side=(128, 'shorter side where the area is kept, px'))
     p.add_argument('--recipe', default='demo', choices=recipes, help='whose model is timed')
     args = p.parse_args()
+    keep_memory()
     machine, result, size = hardware(), {}, (args.side, args.side * 5 // 4)
     for what, values in series.items():
         seconds = walk(recipes[args.recipe], what, values, args.repeats, size)

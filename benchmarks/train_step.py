@@ -1,26 +1,25 @@
 """One training step (forward, backward, SGD) of scratchdet's Mask R-CNN and of torchvision's with the same parts, alternating, whole and by part.
 
 Both see the same two images with eight objects each, start from the same weights and sample 512 RoIs an image. Each keeps its own defaults otherwise: the reference's
-adaptive RoIAlign here, two samples a bin in torchvision. bf16 is timed where the processor has it.
+adaptive RoIAlign and kept memory here, two samples a bin and the C library's ways in torchvision; so each runs in a process of its own, and one waits for the
+other. bf16 is timed where the processor has instructions for it, though they be slower; `default` is what our training takes by itself.
 
     python benchmarks/train_step.py --out results/train_step.json
 """
 import statistics
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import against, command, hardware, own_peak, parser, take_turns, write
+from common import Apart, against, command, hardware, parser, take_turns, write
 from parts import Clock, machine_limits, time_ours, time_theirs
 from peer import torchvision_inputs, torchvision_mask_rcnn
 from scratchdet.detector import mask_rcnn
 from scratchdet.init import init_detector
 from scratchdet.masks import pack_masks
 from scratchdet.matcher import image_keys
-from scratchdet.optim import sgd, usable_precision
+from scratchdet.optim import bf16_gain, keep_memory, sgd, usable_precision
 
 kinds = 'scratchdet', 'torchvision'
 
@@ -87,42 +86,45 @@ def flops(args):
     return {label: sum(counts[f'Detector.{k}'].values()) for k, label in names.items()}
 
 
-def peak_memory(kind, args, bf16):
-    "Peak resident memory (GB) of two steps in a process of their own."
-    flags = ['--size', *map(str, args.size), '--images', str(args.images), '--rois', str(args.rois), '--objects', str(args.objects)]
-    run = subprocess.run([sys.executable, __file__, *flags, '--one', kind] + ['--bf16'] * bf16, capture_output=True, text=True, check=True)
-    return float(run.stdout.split()[-1])
+def timed_step(kind, args, bf16):
+    "One of the two models in this process: a function that runs a step and returns the medians of its parts so far, without the first step."
+    if kind == 'scratchdet': keep_memory()
+    clock = Clock()
+    step = build(kind, args, bf16, clock)
+    def run():
+        step()
+        return clock.medians(skip=len(clock.steps) > 1)
+    return run
 
 
 def measure(args):
     "All models and precisions in turn; medians, parts, memory."
-    precisions = ['fp32', 'bf16'] if usable_precision('bf16', 'cpu') == 'bf16' else ['fp32']
-    clocks = {f'{k} {p}': Clock() for p in precisions for k in kinds}
-    seconds = take_turns({f'{k} {p}': build(k, args, p == 'bf16', clocks[f'{k} {p}']) for p in precisions for k in kinds}, args.repeats)
+    precisions = ['fp32', 'bf16'] if bf16_gain() > .25 else ['fp32']  # imitated, it takes minutes
+    apart = {f'{k} {p}': Apart(timed_step, k, args, p == 'bf16') for p in precisions for k in kinds}
+    parts = {}
+    seconds = take_turns({name: lambda name=name: parts.update({name: apart[name]()}) for name in apart}, args.repeats)
+    peak = {name: o.end() for name, o in apart.items()}
     result = dict(images=args.images, size=list(args.size), objects=args.objects, rois=args.rois, repeats=args.repeats, **machine_limits())
     for p in precisions:
         row = against({k: seconds[f'{k} {p}'] for k in kinds}, *kinds)
-        row['parts'] = {k: clocks[f'{k} {p}'].medians(skip=1) for k in kinds}
-        row['peak_gb'] = {k: peak_memory(k, args, p == 'bf16') for k in kinds}
+        row.update({name: {k: o[f'{k} {p}'] for k in kinds} for name, o in (('parts', parts), ('peak_gb', peak))})
         result[p] = row
         print(f"{p}: scratchdet {row['median']['scratchdet']:.2f} s, torchvision {row['median']['torchvision']:.2f} s, "
               f"median ratio {row['ratio']:.3f}, peak GB {row['peak_gb']}", flush=True)
-    best = f'scratchdet {precisions[-1]}'
-    ratios = [a / b for a, b in zip(seconds[best], seconds['torchvision fp32'])]
-    return dict(result, flops=flops(args), default=dict(precision=precisions[-1], ratio=statistics.median(ratios), ratios=ratios))
+    best = usable_precision('bf16', 'cpu')
+    result['default'] = dict(precision=best)
+    for p in precisions:
+        ratios = [a / b for a, b in zip(seconds[f'scratchdet {best}'], seconds[f'torchvision {p}'])]
+        result['default'][p] = dict(ratio=statistics.median(ratios), ratios=ratios)
+        print(f"ours by default ({best}) over torchvision {p}: {result['default'][p]['ratio']:.3f}", flush=True)
+    return dict(result, flops=flops(args))
 
 
 def main():
     "Time both models in turn in each precision; print and write medians."
     p = parser(__doc__, images=(2, 'images'), objects=(8, 'objects an image'), rois=(512, 'sampled RoIs an image'), repeats=(5, 'of each'))
     p.add_argument('--size', type=int, nargs=2, default=(512, 640), help='height and width, px')
-    p.add_argument('--one', choices=kinds, help='run two steps of one model and print its peak memory')
-    p.add_argument('--bf16', action='store_true', help='with --one: under bf16 autocast')
     args = p.parse_args()
-    if args.one:
-        step = build(args.one, args, args.bf16)
-        for _ in range(2): step()
-        return print(own_peak())
     machine = hardware()
     write(args.out, dict(command=command(), hardware=machine, **measure(args)))
 

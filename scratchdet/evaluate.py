@@ -53,7 +53,7 @@ from .detector import scale_detections
 from .weights import load_model, write_file
 from .hub import weights_file
 from .watch import MainFailed, by_main, lost_process
-from .optim import autocast
+from .optim import autocast, keep_memory
 from .count import coco_ap, ground_truth, run_hotcoco, run_pycocotools, table
 
 # %% ../nbs/63_evaluate.ipynb #68a33f4a
@@ -180,6 +180,7 @@ def main(
 )->dict: # what `evaluate` returns
     "What `python -m scratchdet.evaluate` does."
     accelerator = Accelerator(cpu=args.cpu)
+    keep_memory()
     silent = args.quiet or not accelerator.is_main_process
     try:
         model, split = load_model(weights_file(args.weights)), coco_split(args.coco, args.split)

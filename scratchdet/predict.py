@@ -52,7 +52,7 @@ from .loader import Sample, bucket_edges, bucket_shape, collate
 from .detector import Detector, scale_detections
 from .weights import load_model, write_file
 from .hub import weights_file
-from .optim import autocast
+from .optim import autocast, keep_memory
 from .evaluate import check_categories, detections_to_coco, eval_scale
 
 # %% ../nbs/65_predict.ipynb #50181271
@@ -229,6 +229,7 @@ def main(
 )->list: # paths of the pictures
     "What `python -m scratchdet.predict` does."
     with one_line('scratchdet.predict'):
+        keep_memory()
         device = 'cuda' if torch.cuda.is_available() and not args.cpu else 'cpu'
         model = load_model(weights_file(args.weights)).to(device)
         short, long = eval_scale(model.meta, args.short, args.long)
