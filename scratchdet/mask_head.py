@@ -25,7 +25,7 @@ def _own_masks(x, weight, bias):
 
 # %% ../nbs/42_mask_head.ipynb #72547a05
 class MaskHead(nn.Module):
-    "Four 3x3 ConvNorm, a 2x2 transposed convolution with ReLU, and the mask of logits of each RoI's own class."
+    "Four 3x3 ConvNorm, a 2x2 transposed convolution with ReLU, and one mask of logits, the own class's."
     def __init__(
         self,
         channels:int=256, # C of the RoI features
