@@ -37,7 +37,7 @@ class Detector(nn.Module):
         fpn:nn.Module, # [C2..C5] to [P2..P6]
         rpn:nn.Module, # [P2..P6] to proposals
         box_head:nn.Module, # (S', C, 7, 7) to logits and deltas
-        mask_head:nn.Module=None, # (K', C, 14, 14) to mask logits; None is Faster R-CNN
+        mask_head:nn.Module=None, # (K', C, 14, 14) and labels to mask logits; None is Faster R-CNN
         num_classes:int=80, # K
         pixel_mean:tuple=(123.675, 116.28, 103.53), # of red, green and blue, 0 to 255
         pixel_std:tuple=(58.395, 57.12, 57.375), # of red, green and blue
@@ -171,8 +171,8 @@ def mask_loss_sums(self:Detector,
     slots = self.mask_slots(rois)
     boxes = boxes_to_rois(rois.boxes)[slots]  # (K', 5)
     matched, labels, weight = (o.flatten()[slots] for o in (rois.matched_idxs, rois.labels, rois.positive))
-    logits = self.mask_head(roi_align(features, boxes, self.mask_head.resolution))  # (K', K, 28, 28)
-    loss, _ = mask_loss(_full(logits), mask_targets(masks, boxes, matched), labels, weight)
+    logits = self.mask_head(roi_align(features, boxes, self.mask_head.resolution), labels)  # (K', 28, 28)
+    loss, _ = mask_loss(logits, mask_targets(masks, boxes, matched), weight)
     return {'loss_mask': loss}
 
 # %% ../nbs/50_detector.ipynb #07bc31df
@@ -197,9 +197,8 @@ def detect(self:Detector,
             for i, v in enumerate(found.valid)]
     if self.mask_head is None: return rows
     rois, labels = boxes_to_rois(found.boxes)[found.valid.flatten()], found.labels[found.valid]
-    logits = self.mask_head(roi_align(features, rois, self.mask_head.resolution))
-    own = torch.arange(len(labels), device=labels.device), labels
-    probs = _full(logits)[own].sigmoid()  # (sum of D, 28, 28)
+    logits = self.mask_head(roi_align(features, rois, self.mask_head.resolution), labels)
+    probs = _full(logits).sigmoid()  # (sum of D, 28, 28)
     return [{**r, 'mask_probs': p} for r, p in zip(rows, probs.split([len(r['labels']) for r in rows]))]
 
 # %% ../nbs/50_detector.ipynb #7e4eb7e9

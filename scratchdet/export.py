@@ -62,10 +62,8 @@ class FixedDetector(nn.Module):
         found = box_detections(*heads, proposals, sizes, **d.finding)
         if d.mask_head is None: return found._asdict()
         pooled = roi_align(features, boxes_to_rois(found.boxes), d.mask_head.resolution)
-        logits = _full(d.mask_head(pooled))  # (N * D, K, 28, 28)
-        own = found.labels.flatten()[:, None, None, None].expand(-1, 1, *logits.shape[2:])
-        probs = logits.gather(1, own)[:, 0].sigmoid().view(*found.labels.shape, *logits.shape[2:])
-        return {**found._asdict(), 'mask_probs': probs}
+        probs = _full(d.mask_head(pooled, found.labels.flatten())).sigmoid()  # (N * D, 28, 28)
+        return {**found._asdict(), 'mask_probs': probs.view(*found.labels.shape, *probs.shape[1:])}
 
 # %% ../nbs/73_export.ipynb #280b1768
 def _plain_norm(x, weight, bias, groups, eps, residual, relu):

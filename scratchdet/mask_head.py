@@ -14,9 +14,18 @@ from .masks import crop_to_rle, unpack_masks
 from .norm import ConvNorm
 from .roi_align import _one_thread, axis_weights
 
-# %% ../nbs/42_mask_head.ipynb #3137793a
+# %% ../nbs/42_mask_head.ipynb #2fe7fc95
+def _own_masks(x, weight, bias):
+    "A 1x1 convolution to one channel for each map: (K', C, h, w), (K', C) and (K',) to (K', h, w)."
+    start, (k, _, h, w) = bias[:, None, None], x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        out = torch.baddbmm(start, x.permute(0, 2, 3, 1).flatten(1, 2), weight[:, :, None])  # (K', h*w, 1)
+    else: out = torch.baddbmm(start, weight[:, None], x.flatten(2))  # (K', 1, h*w)
+    return out.view(k, h, w)
+
+# %% ../nbs/42_mask_head.ipynb #72547a05
 class MaskHead(nn.Module):
-    "Four 3x3 ConvNorm, a 2x2 transposed convolution with ReLU, and one mask of logits for each class."
+    "Four 3x3 ConvNorm, a 2x2 transposed convolution with ReLU, and one mask of logits, the own class's."
     def __init__(
         self,
         channels:int=256, # C of the RoI features
@@ -37,9 +46,11 @@ class MaskHead(nn.Module):
     def forward(
         self,
         feats:Tensor, # (K', C, 14, 14) features of K' RoIs
-    )->Tensor: # (K', K, 28, 28) logits
-        "Mask logits of each RoI for every class."
-        return self.logits(self.upsample(self.convs(feats)).relu())
+        labels:Tensor, # (K',) int64, class of each RoI; K for background, which gets a mask without a meaning
+    )->Tensor: # (K', 28, 28) logits
+        "Mask logits of each RoI for its own class."
+        own, x = labels.clamp(max=self.logits.out_channels - 1), self.upsample(self.convs(feats)).relu()
+        return _own_masks(x, self.logits.weight.flatten(1)[own], self.logits.bias[own])
 
 # %% ../nbs/42_mask_head.ipynb #ac5668ee
 @torch.library.custom_op('scratchdet::mask_targets', mutates_args=())
@@ -73,16 +84,13 @@ def mask_targets(
 
 # %% ../nbs/42_mask_head.ipynb #9012670d
 def mask_loss(
-    logits:Tensor, # (K', K, 28, 28)
+    logits:Tensor, # (K', 28, 28) of the own classes
     targets:Tensor, # (K', 28, 28) 0 or 1
-    labels:Tensor, # (K',) int64, class of each RoI; K for background
     weight:Tensor, # (K',) bool, False for RoIs that do not count
 )->tuple[Tensor, Tensor]: # the sum (), and the number of RoIs () to divide it by
     "Binary cross entropy of the own class's mask, mean over its cells, summed over the RoIs that count."
-    own = labels.clamp(max=logits.shape[1] - 1)[:, None, None, None].expand(-1, 1, *logits.shape[2:])
-    pred = logits.gather(1, own)[:, 0]  # (K', 28, 28)
-    pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
-    loss = F.binary_cross_entropy_with_logits(pred, targets.to(pred.dtype), reduction='none').mean((1, 2))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction='none').mean((1, 2))
     return loss.where(weight, 0).sum(), weight.sum()
 
 # %% ../nbs/42_mask_head.ipynb #7c31a98b

@@ -1,4 +1,4 @@
-"The mask head: targets against the reference and torchvision, the loss, pasting against `grid_sample`, memory, capture."
+"The mask head: own masks against the convolution, targets against the reference, the loss, pasting against `grid_sample`, memory, capture."
 import numpy as np
 import pytest
 import torch
@@ -6,8 +6,10 @@ import torch.nn.functional as F
 import torchvision
 from conftest import shared
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from scratchdet.mask_head import MaskHead, _mask_targets, mask_loss, mask_targets, paste_masks
+from scratchdet.mask_head import MaskHead, _mask_targets, _own_masks, mask_loss, mask_targets, paste_masks
 from scratchdet.masks import pack_masks, unpack_masks
 
 
@@ -115,27 +117,105 @@ def test_only_the_window_is_unpacked(monkeypatch):
     assert sizes and all(h <= 53 and w <= 7 for h, w in sizes)
 
 
+# --- head -------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = torch.contiguous_format, torch.channels_last
+LABELS = torch.tensor([3, 0, 4, 3, 2, 5, 5])  # K is 5: the last two are background; nobody has class 1
+
+
+def dense(head, feats, labels):
+    "The masks of all classes by the convolution, then each RoI's own."
+    every = head.logits(head.upsample(head.convs(feats)).relu())
+    return every[torch.arange(len(feats)), labels.clamp(max=every.shape[1] - 1)]
+
+
+def small_head(layout, dtype=torch.float32):
+    return MaskHead(16, 5, convs=1, conv_channels=32, groups=4).to(dtype, memory_format=layout)
+
+
+def values_and_gradients(run, head, feats, labels, upstream):
+    "Values, then gradients of the features and of every parameter."
+    feats = feats.detach().requires_grad_()
+    out = run(head, feats, labels)
+    return out, *torch.autograd.grad(out, [feats, *head.parameters()], upstream.to(out.dtype))
+
+
+def both_ways(layout, dtype=torch.float32, keep=slice(None)):
+    "Pairs of the head's and the dense way's values and gradients."
+    head, labels = small_head(layout, dtype), LABELS[keep]
+    feats = torch.randn(len(labels), 16, 14, 14, dtype=dtype).contiguous(memory_format=layout)
+    upstream = torch.randn(len(labels), 28, 28, dtype=dtype)
+    runs = MaskHead.__call__, dense
+    return list(zip(*(values_and_gradients(run, head, feats, labels, upstream) for run in runs), strict=True))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('keep', [slice(None), slice(1), slice(0)], ids=['seven', 'one', 'none'])
+def test_the_own_mask_is_that_of_the_convolution(layout, keep):
+    pairs = both_ways(layout, torch.float64, keep)
+    assert len(pairs) == 2 + 3 + 4 and pairs[0][0].shape == (len(LABELS[keep]), 28, 28)
+    for ours, theirs in pairs: assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_the_own_mask_under_autocast(layout):
+    with torch.autocast('cpu', torch.bfloat16): pairs = both_ways(layout)
+    assert pairs[0][0].dtype == pairs[0][1].dtype == torch.bfloat16
+    for ours, theirs in pairs:
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).float().norm() <= .02 * theirs.float().norm()
+
+
+class Large(TorchDispatchMode):
+    "Collects what is made, not seen through a view, with at least `size` elements."
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.made = size, []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        known = {o.untyped_storage().data_ptr() for o in tree_leaves((args, kwargs)) if isinstance(o, torch.Tensor)}
+        out = f(*args, **(kwargs or {}))
+        self.made += [o for o in tree_leaves(out) if o.numel() >= self.size and o.untyped_storage().data_ptr() not in known]
+        return out
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_maps_are_not_copied_and_their_gradient_has_their_layout(layout):
+    x = torch.randn(3, 32, 28, 28).contiguous(memory_format=layout).requires_grad_()
+    with Large(x.numel()) as seen:
+        out = _own_masks(x, torch.randn(3, 32, requires_grad=True), torch.randn(3, requires_grad=True))
+        assert not seen.made
+        grad, = torch.autograd.grad(out, x, torch.randn_like(out))
+    assert len(seen.made) == 1 and grad.is_contiguous(memory_format=layout)
+
+
+def test_the_head_as_one_graph():
+    head, feats = small_head(torch.channels_last), torch.randn(7, 16, 14, 14)
+    compiled = torch.compile(head, fullgraph=True, backend='eager')
+    assert_close(compiled(feats, LABELS), head(feats, LABELS))
+
+
 # --- loss -------------------------------------------------------------------------------------------------------------
 
 def test_loss_in_all_precisions():
-    logits, targets = torch.randn(6, 4, 28, 28).double(), (torch.rand(6, 28, 28) < .5).float()
-    labels, weight = torch.tensor([0, 3, 1, 2, 4, 4]), torch.tensor([True, True, True, False, False, False])
-    exact, count = mask_loss(logits, targets, labels, weight)
-    want = F.binary_cross_entropy_with_logits(logits[torch.arange(3), labels[:3]], targets[:3].double(), reduction='none')
+    logits, targets = torch.randn(6, 28, 28).double(), (torch.rand(6, 28, 28) < .5).float()
+    weight = torch.tensor([True, True, True, False, False, False])
+    exact, count = mask_loss(logits, targets, weight)
+    want = F.binary_cross_entropy_with_logits(logits[:3], targets[:3].double(), reduction='none')
     assert_close(exact, want.mean((1, 2)).sum())
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-3)):
-        loss, _ = mask_loss(logits.to(dtype), targets, labels, weight)
+        loss, _ = mask_loss(logits.to(dtype), targets, weight)
         assert loss.dtype == torch.float32 and count == 3
         assert_close(loss.double(), exact, rtol=tolerance, atol=tolerance)
-    few = logits[:2, :, :2, :2].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: mask_loss(x, targets[:2, :2, :2], labels[:2], weight[:2])[0], few)
+    few = logits[:2, :2, :2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: mask_loss(x, targets[:2, :2, :2], weight[:2])[0], few)
 
 
 def test_positives_alone_and_fixed_slots_give_the_same_gradient():
     head, feats = MaskHead(64, 3, convs=1, conv_channels=64).double(), torch.randn(8, 64, 14, 14).double()
-    weight, labels = torch.arange(8) < 3, torch.randint(3, (8,))
+    weight, labels = torch.arange(8) < 3, torch.randint(3, (8,)).where(torch.arange(8) < 3, 3)
     targets = (torch.rand(8, 28, 28) < .5).float()
-    losses = [mask_loss(head(feats[keep]), targets[keep], labels[keep], weight[keep])[0] for keep in (weight, weight | True)]
+    losses = [mask_loss(head(feats[keep], labels[keep]), targets[keep], weight[keep])[0] for keep in (weight, weight | True)]
     assert_close(*losses)
     a, b = (torch.autograd.grad(o, list(head.parameters())) for o in losses)
     assert_close(a, b)
@@ -144,10 +224,10 @@ def test_positives_alone_and_fixed_slots_give_the_same_gradient():
 def test_no_rois_have_a_loss_and_a_gradient():
     head = MaskHead(64, 3, convs=1, conv_channels=64)
     none = torch.zeros(0, dtype=torch.int64)
-    loss, count = mask_loss(head(torch.zeros(0, 64, 14, 14)), torch.zeros(0, 28, 28), none, none.bool())
+    loss, count = mask_loss(head(torch.zeros(0, 64, 14, 14), none), torch.zeros(0, 28, 28), none.bool())
     loss.backward()
     assert loss == 0 and count == 0
-    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in head.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
 
 
 # --- pasting ----------------------------------------------------------------------------------------------------------
