@@ -210,11 +210,13 @@ def forward(self:Detector,
 )->dict: # training: four or five losses; evaluation: a list of N dicts at network scale
     "Features, proposals, then detections or losses."
     features = self.fpn(self.backbone(self.normalize(batch.images, batch.sizes)))
-    out, features = self.rpn(features), features[:4]
+    out = self.rpn(features)
     proposals = self.rpn.proposals(out, batch.sizes, self.training)
-    if not self.training: return self.detect(features, proposals, batch.sizes)
+    if not self.training: return self.detect(features[:4], proposals, batch.sizes)
     keys = image_keys(0, 0, batch.image_ids) if keys is None else keys
-    rpn, rpn_count = self.rpn.losses(out, batch.sizes, batch.boxes, batch.valid, keys)
+    sampled = self.rpn.sample_anchors(out, batch.sizes, batch.boxes, batch.valid, keys)
+    rpn, rpn_count = self.rpn.losses(*self.rpn.head.at(features, sampled.idxs), sampled, batch.boxes)
+    features = features[:4]
     rois = sample_rois(proposals, batch.boxes, batch.labels, batch.valid, keys, **self.sampling)
     box, roi_count = self.box_loss_sums(features, rois, batch.boxes)
     mask = self.mask_loss_sums(features, rois, batch.masks)
