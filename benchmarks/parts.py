@@ -8,7 +8,7 @@ import torch
 from torchvision.models.detection import roi_heads
 
 from common import seconds_of
-from scratchdet import detector, rpn
+from scratchdet import detector
 
 labels = ('backbone', 'FPN', 'RPN head', 'proposals', 'matching', 'RoIAlign', 'box head', 'mask head', 'mask targets', 'losses',
           'rest of forward', 'backward', 'optimizer')
@@ -57,8 +57,9 @@ def time_ours(model):
     "Name the parts of a `Detector`."
     for part, label in ((model.backbone, 'backbone'), (model.fpn, 'FPN'), (model.rpn.head, 'RPN head'), (model.rpn.anchors, 'proposals'),
                         (model.box_head, 'box head'), (model.mask_head, 'mask head')): timed(part, 'forward', label)
-    for owner, name, label in ((model.rpn, 'proposals', 'proposals'), (model.rpn, 'targets', 'matching'), (model.rpn, 'losses', 'losses'),
-                               (rpn, 'sample', 'matching'), (detector, 'sample_rois', 'matching'), (detector, 'roi_align', 'RoIAlign'),
+    for owner, name, label in ((model.rpn, 'proposals', 'proposals'), (model.rpn, 'sample_anchors', 'matching'),
+                               (model.rpn.head, 'at', 'RPN head'), (model.rpn, 'losses', 'losses'),
+                               (detector, 'sample_rois', 'matching'), (detector, 'roi_align', 'RoIAlign'),
                                (detector, 'box_losses', 'losses'), (detector, 'mask_loss', 'losses'),
                                (detector, 'mask_targets', 'mask targets')): timed(owner, name, label)
 

@@ -105,12 +105,22 @@ def swap_norms(model, make, wrap=Normed):
             if isinstance(child, GroupNorm): setattr(module, name, wrap(make(child)))
 
 
+class NormedHead(RPNHead):
+    "With GroupNorm after the 3x3 convolution. Its statistics are those of whole maps, so the sampled anchors ask for whole maps as well."
+    def __init__(self, channels, groups):
+        super().__init__(channels)
+        self.conv = nn.Sequential(self.conv, nn.GroupNorm(groups, channels))
+
+    def at(self, features, idxs):
+        logits, deltas = (torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, k) for x in maps], 1) for maps, k in zip(self(features), (1, 4)))
+        return logits[..., 0].gather(1, idxs), deltas.gather(1, idxs[..., None].expand(-1, -1, 4))
+
+
 def build(setting, num_classes=len(toy_names)):
     "The detector of a setting with its random weights."
     torch.manual_seed(setting.seed)
     c, groups = recipe.channels, recipe.groups
-    head = RPNHead(c)
-    if setting.rpn_norm: head.conv = nn.Sequential(head.conv, nn.GroupNorm(groups, c))
+    head = NormedHead(c, groups) if setting.rpn_norm else RPNHead(c)
     model = Detector(
         backbone=ResNet(recipe.blocks, recipe.width, groups=groups), fpn=FPN(tuple(4 * recipe.width * 2 ** i for i in range(4)), c, groups=groups),
         rpn=RPN(head, Anchors(scale=4), batch_size_per_image=recipe.rpn_batch, pre_nms_topk=recipe.pre_nms_topk, post_nms_topk=recipe.post_nms_topk),

@@ -320,7 +320,9 @@ def rpn_training(case):
     with torch.no_grad():
         matched = model.rpn.targets(case.rpn, batch.sizes, batch.boxes, batch.valid)
         stored, keys = case.stored_rpn(), image_keys(0, 0, batch.image_ids)
-        sums, count = model.rpn.losses(stored, batch.sizes, batch.boxes, batch.valid, keys)
+        sampled = model.rpn.sample_anchors(stored, batch.sizes, batch.boxes, batch.valid, keys)
+        deltas = stored.deltas.gather(1, sampled.idxs[..., None].expand(-1, -1, 4))
+        sums, count = model.rpn.losses(stored.logits.gather(1, sampled.idxs), deltas, sampled, batch.boxes)
     factor = ref.get('train.rpn_avg_factor')
     ref.same('train.rpn_avg_factor', count.long())
     for k in ('loss_rpn_cls', 'loss_rpn_bbox'): ref.close(f'train.total.{k}', sums[LOSSES[k]] / factor, 1e-5, ' alone')
@@ -400,7 +402,8 @@ class Roundings:
         batch = case.batch
         self.features = model.fpn(model.backbone(model.normalize(batch.images, batch.sizes)))
         self.out = model.rpn(self.features)
-        self.rpn_losses = model.rpn.losses(self.out, batch.sizes, batch.boxes, batch.valid, image_keys(0, index, batch.image_ids))
+        sampled = model.rpn.sample_anchors(self.out, batch.sizes, batch.boxes, batch.valid, image_keys(0, index, batch.image_ids))
+        self.rpn_losses = model.rpn.losses(*model.rpn.head.at(self.features, sampled.idxs), sampled, batch.boxes)
         self.rois, self.heads = torch.full((1, 5), torch.inf), [torch.zeros(1, n) for n in (81, 320)]
 
     def box_loss_sums(self, features, rois, boxes):
@@ -424,7 +427,7 @@ class Roundings:
         with ExitStack() as patches:
             for part, name, value in ((model, 'normalize', lambda *args: None), (model.backbone, 'forward', lambda x: x),
                                       (model.fpn, 'forward', lambda x: self.features), (model.rpn, 'forward', lambda x: self.out),
-                                      (model.rpn, 'losses', lambda *args: self.rpn_losses),
+                                      (model.rpn.head, 'at', lambda *args: (None, None)), (model.rpn, 'losses', lambda *args: self.rpn_losses),
                                       (model.rpn, 'proposals', lambda *args: proposals), (model, 'box_loss_sums', self.box_loss_sums)):
                 patches.enter_context(patch.object(part, name, value))
             return trajectory_error(self.case.ref, losses_of(self.case, self.index), self.index)

@@ -1,4 +1,6 @@
-"Anchors, matching, losses and proposals against the reference's numbers; sizes, empty images, precision and capture of the RPN."
+"Anchors, matching, losses, proposals against the reference; gradients against whole maps; sizes, precision, capture of the RPN."
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,13 @@ def stored():
 def everything(): return RPN(RPNHead(), Anchors(), **EVERYTHING)
 
 
+def stored_losses(rpn, out, sizes, boxes, valid, keys):
+    "Losses of a sample whose answers are taken from those of all anchors."
+    sampled = rpn.sample_anchors(out, sizes, boxes, valid, keys)
+    deltas = out.deltas.gather(1, sampled.idxs[..., None].expand(-1, -1, 4))
+    return rpn.losses(out.logits.gather(1, sampled.idxs), deltas, sampled, boxes)
+
+
 def test_reference_anchors(stored):
     for s in stored:
         for l, ours in zip(s.levels, Anchors()(s.shapes), strict=True): assert torch.equal(ours, s[f'anchors.{l}']), (s.name, l)
@@ -101,7 +110,7 @@ def level_losses(s, matched, monkeypatch):
     split = [[x for _, x in s.split(y)] for y in (s.out.logits, s.out.deltas, matched)]
     for logits, deltas, idxs, anchors in zip(*split, s.out.anchors.split(s.out.counts), strict=True):
         monkeypatch.setattr(RPN, 'targets', lambda *args: idxs)
-        level, _ = everything().losses(RPNOutput(logits, deltas, anchors, (len(anchors),), None), *s.batch(), s.keys)
+        level, _ = stored_losses(everything(), RPNOutput(logits, deltas, anchors, (len(anchors),), None), *s.batch(), s.keys)
         for k, v in level.items(): parts[k].append(v)
     monkeypatch.undo()
     return {k: torch.stack(v) for k, v in parts.items()}
@@ -110,7 +119,7 @@ def level_losses(s, matched, monkeypatch):
 def test_reference_losses(stored, monkeypatch):
     "Of all levels together, and of each."
     for s in stored:
-        sums, count = everything().losses(s.out, *s.batch(), s.keys)
+        sums, count = stored_losses(everything(), s.out, *s.batch(), s.keys)
         assert count == s['train.rpn_avg_factor'], s.name
         matched = everything().targets(s.out, *s.batch())
         cls = level_losses(s, s.counted(matched), monkeypatch)['loss_rpn_cls'] / count
@@ -136,7 +145,7 @@ def test_reference_proposals(stored, key, training):
             assert (near.diagonal().float().mean() > .99), 'the order'
 
 
-# --- sizes, empty images, precision, capture --------------------------------------------------------------------------
+# --- a small RPN ------------------------------------------------------------------------------------------------------
 
 SHAPES = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
 
@@ -154,12 +163,114 @@ def small(shapes=SHAPES, n=2, channels=16, seed=0, **options):
     return rpn, features, (sizes, boxes, valid, image_keys(0, 0, torch.arange(n)))
 
 
+def losses_at(rpn, features, out, sizes, boxes, valid, keys):
+    "Losses of a sample that the head is asked for once more, as in training."
+    sampled = rpn.sample_anchors(out, sizes, boxes, valid, keys)
+    return rpn.losses(*rpn.head.at(features, sampled.idxs), sampled, boxes)
+
+
 def step(rpn, features, objects):
     "Loss and proposals of one training step."
     out = rpn(features)
-    sums, count = rpn.losses(out, *objects)
+    sums, count = losses_at(rpn, features, out, *objects)
     return sum(sums.values()) / count, rpn.proposals(out, objects[0], True)
 
+
+# --- the sampled anchors once more: loss and gradients equal those of whole maps ---------------------------------------
+
+def dense(head, features, idxs):
+    "As `RPNHead.at`, by way of all anchors of all levels."
+    logits, deltas = head(features)
+    deltas = flat(deltas, 4).gather(1, idxs[..., None].expand(-1, -1, 4))
+    return flat(logits, 1)[..., 0].gather(1, idxs), deltas
+
+
+def sampled_at(head, features, idxs): return head.at(features, idxs)
+
+
+def gradients(rpn, features, idxs, answers, loss_of, dtype=None):
+    "Loss, and its gradients of all parameters and maps, of one of the two ways."
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in features]
+    with torch.autocast('cpu', dtype) if dtype else nullcontext():
+        rpn(leaves)  # as in a step: what autocast keeps of it has no graph
+        loss = loss_of(*answers(rpn.head, leaves, idxs))
+    return [loss.detach(), *torch.autograd.grad(loss, [*rpn.head.parameters(), *leaves])]
+
+
+def assert_same(rpn, features, idxs, loss_of):
+    "To the rounding of float64, each as a share of its greatest entry."
+    found = [gradients(rpn, features, idxs, f, loss_of) for f in (sampled_at, dense)]
+    for a, b in zip(*found, strict=True): assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+    return found[0]
+
+
+def weighted(idxs, used=None):
+    "A loss that tells every number of every anchor from the others."
+    z, d = torch.randn(idxs.shape, dtype=torch.float64), torch.randn(*idxs.shape, 4, dtype=torch.float64)
+    used = torch.ones_like(idxs, dtype=torch.bool) if used is None else used
+    return lambda logits, deltas: ((logits * z + (deltas * d).sum(-1)) * used).sum()
+
+
+ONE = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 1)]
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('n', [1, 2])
+def test_gradients_of_a_step(n, layout):
+    "The loss of a step; in the second image nothing is there."
+    rpn, features, (sizes, boxes, valid, keys) = small(n=n)
+    rpn.double().to(memory_format=layout)
+    features, boxes = [x.double().to(memory_format=layout) for x in features], boxes.double()
+    sampled = rpn.sample_anchors(rpn(features), sizes, boxes, valid, keys)
+    assert sampled.positive.any(1).tolist() == [True, False][:n] and sampled.used.all()
+    def loss(*answers):
+        sums, count = rpn.losses(*answers, sampled, boxes)
+        return sum(sums.values()) / count
+    assert all(o.abs().max() > 0 for o in assert_same(rpn, features, sampled.idxs, loss))
+
+
+@pytest.mark.parametrize('n', [1, 2])
+@pytest.mark.parametrize('shapes', [SHAPES, ONE, [(1, 3), (3, 1), (1, 1)]])
+def test_gradients_of_every_anchor_and_of_one(shapes, n):
+    "All of all levels in any order; the corners of each level, all their anchors; one anchor many times."
+    rpn, features, _ = small(shapes, n=n)
+    rpn.double()
+    features, ends = [x.double() for x in features], torch.tensor([h * w for h, w in shapes]).cumsum(0).tolist()
+    corners = [first + y * w + x for first, (h, w) in zip([0, *ends], shapes) for y in (0, h - 1) for x in (0, w - 1)]
+    corners = (3 * torch.tensor(corners)[:, None] + torch.arange(3)).flatten()
+    for idxs in (torch.stack([torch.randperm(3 * ends[-1]) for _ in range(n)]), corners.repeat(n, 1), torch.full((n, 7), 4),
+                 torch.tensor([[3 * ends[-1] - 1]] * n)):
+        assert_same(rpn, features, idxs, weighted(idxs))
+
+
+def test_spare_slots_and_other_images_have_no_gradient():
+    "What is not used leaves no trace, nor does an image in the maps of another."
+    rpn, features, _ = small()
+    rpn.double()
+    idxs, features = torch.tensor([[0, 5, 5, 1000], [0, 0, 0, 0]]), [x.double() for x in features]
+    used = torch.tensor([[True, True, False, False], [False] * 4])
+    _, *grads = assert_same(rpn, features, idxs, weighted(idxs, used))
+    maps = grads[-len(features):]
+    assert (maps[0][0] != 0).any() and not any((o[1] != 0).any() for o in maps) and not any((o != 0).any() for o in maps[1:])
+    assert (maps[0][0] != 0).any(0).nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_gradients_under_autocast(layout):
+    "All there (a copy of a weight that autocast keeps has a graph), and about as near to those of float32 as whole maps' are."
+    rpn, features, objects = small()
+    rpn.to(memory_format=layout)
+    features = [x.to(memory_format=layout) for x in features]
+    idxs = rpn.sample_anchors(rpn(features), *objects).idxs
+    z, d = torch.randn(idxs.shape), torch.randn(*idxs.shape, 4)
+    runs = [gradients(rpn, features, idxs, f, lambda logits, deltas: (logits * z + (deltas * d).sum(-1)).sum(), dtype)[1:]
+            for f, dtype in ((dense, None), (sampled_at, torch.bfloat16), (dense, torch.bfloat16))]
+    for exact, ours, theirs in zip(*runs, strict=True):
+        assert ours.dtype == torch.float32 and ours.norm() > 0
+        assert (ours - exact).norm() < 1.5 * (theirs - exact).norm() + .005 * exact.norm()
+
+
+# --- sizes, empty images, precision, capture --------------------------------------------------------------------------
 
 @pytest.mark.parametrize('shapes', [[(2, 2), (1, 1), (1, 1), (1, 1), (1, 1)], [(1, 3)] * 5, SHAPES])
 def test_maps_of_any_size(shapes):
@@ -188,9 +299,8 @@ def test_sums_of_a_batch_are_sums_of_its_images():
     "With the sampler on: what an image draws does not depend on its batch."
     rpn, features, objects = small(n=3)
     out = rpn(features)
-    sums, count = rpn.losses(out, *objects)
-    alone = [rpn.losses(out._replace(logits=out.logits[i:i+1], deltas=out.deltas[i:i+1]), *(x[i:i+1] for x in objects))
-             for i in range(3)]
+    sums, count = losses_at(rpn, features, out, *objects)
+    alone = [losses_at(rpn, [x[i:i+1] for x in features], out, *(x[i:i+1] for x in objects)) for i in range(3)]
     assert count == sum(c for _, c in alone)
     for k, v in sums.items(): assert_close(v, sum(s[k] for s, _ in alone))
 
@@ -211,10 +321,12 @@ def test_losses_are_float32_under_autocast():
     rpn, features, objects = small()
     with torch.autocast('cpu', torch.bfloat16):
         out = rpn(features)
-        sums, count = rpn.losses(out, *objects)
+        sampled = rpn.sample_anchors(out, *objects)
+        logits, deltas = rpn.head.at(features, sampled.idxs)
+        sums, count = rpn.losses(logits, deltas, sampled, objects[1])
         found = rpn.proposals(out, objects[0], True)
-    assert out.logits.dtype == out.deltas.dtype == torch.bfloat16
-    exact, same = rpn.losses(out._replace(logits=out.logits.float(), deltas=out.deltas.float()), *objects)
+    assert {o.dtype for o in (out.logits, out.deltas, logits, deltas)} == {torch.bfloat16}
+    exact, same = rpn.losses(logits.float(), deltas.float(), sampled, objects[1])
     assert count == same
     for k, v in sums.items():
         assert v.dtype == torch.float32
@@ -244,7 +356,7 @@ def test_scores_that_saturate(logit):
     rpn, features, objects = small()
     out = rpn(features)
     out = out._replace(logits=torch.full_like(out.logits, logit))
-    sums, _ = rpn.losses(out, *objects)
+    sums, _ = stored_losses(rpn, out, *objects)
     assert all(v.isfinite() for v in sums.values())
     found = rpn.proposals(out, objects[0], False)
     assert found.valid.any(1).all() and found.scores.isfinite().all()
@@ -266,12 +378,12 @@ def test_gpu_gives_the_same():
     "The same anchors are drawn and the same boxes are proposed; losses agree to rounding."
     rpn, features, objects = small()
     out = rpn(features)
-    sums, count = rpn.losses(out, *objects)
+    sums, count = losses_at(rpn, features, out, *objects)
     found = rpn.proposals(out, objects[0], True)
     theirs = RPNOutput(*(x.cuda() for x in out[:3]), *out[3:])
     on_gpu = [x.cuda() for x in objects]
     rpn.cuda()
-    sums2, count2 = rpn.losses(theirs, *on_gpu)
+    sums2, count2 = losses_at(rpn, [x.cuda() for x in features], theirs, *on_gpu)
     found2 = rpn.proposals(theirs, on_gpu[0], True)
     assert count == count2.cpu() and torch.equal(found.valid, found2.valid.cpu())
     for k, v in sums.items(): assert_close(v, sums2[k].cpu())

@@ -84,6 +84,15 @@ def test_norm_in_the_rpn_head(studies):
     base, other = (studies.build(studies.Setting(rpn_norm=o)) for o in (False, True))
     more = sum(p.numel() for p in other.parameters()) - sum(p.numel() for p in base.parameters())
     assert more == 2 * studies.recipe.channels
+    maps = [torch.randn(2, studies.recipe.channels, h, w) for h, w in ((4, 6), (2, 3))]
+    idxs = torch.tensor([[0, 71, 72, 89], [5, 5, 80, 1]])
+    for model in base, other:
+        out = model.rpn(maps)
+        logits, deltas = model.rpn.head.at(maps, idxs)
+        torch.testing.assert_close(logits, out.logits.gather(1, idxs))
+        torch.testing.assert_close(deltas, out.deltas.gather(1, idxs[..., None].expand(-1, -1, 4)))
+        sum(o.sum() for o in (logits, deltas)).backward()
+        assert all(p.grad is not None for p in model.rpn.parameters())
 
 
 @pytest.mark.parametrize('name', ['scratchdet', 'PyTorch', 'He', 'Xavier', 'normal'])
