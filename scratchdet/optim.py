@@ -54,6 +54,7 @@ def bf16_gain()->float: # above 1 where bf16 is the faster one
     try: return _seconds(torch.float32) / _seconds(torch.bfloat16)
     finally: torch.set_num_threads(threads)
 
+# %% ../nbs/61_optim.ipynb #77e6e0a3
 def usable_precision(
     wanted:str, # 'bf16' or 'fp32'
     device:str, # type of the device that computes: 'cpu', 'cuda'
@@ -64,12 +65,12 @@ def usable_precision(
     return 'bf16' if (bf16_gain() if gain is None else gain) > 1 else 'fp32'
 
 # %% ../nbs/61_optim.ipynb #c8951baf
-_glibc = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1)} # numbers of malloc.h, and values: never
+_never = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1)} # options of malloc.h, and values
 
 def keep_memory()->bool: # False where the C library isn't glibc, and nothing changes
     "Let this process keep freed memory for what it needs next (`mallopt(3)`)."
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    return mallopt is not None and all(mallopt(*o) == 1 for o in _glibc.values())
+    return mallopt is not None and all(mallopt(*o) == 1 for o in _never.values())
 
 # %% ../nbs/61_optim.ipynb #937c4846
 def autocast(
