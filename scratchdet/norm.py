@@ -49,12 +49,13 @@ def _group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, me
     (_, c, h, w), layout = x.shape, _layout(x)
     masked = dy.contiguous(memory_format=layout)
     if y is not None: masked = torch.ops.aten.threshold_backward(masked, y, 0)
-    grad, centred, rstds = _wide(masked), _wide(x) - _to_channels(mean, c), _to_channels(rstd, c)
-    dbias = grad.sum((2, 3), keepdim=True)  # (N, C, 1, 1) each
-    dweight = (grad * centred).sum((2, 3), keepdim=True) * rstds
+    grad, wide, rstds = _wide(masked), _wide(x), _to_channels(rstd, c)
+    dbias, product = grad.sum((2, 3), keepdim=True), grad * wide  # (N, C, 1, 1) and (N, C, H, W)
+    dweight = (product.sum((2, 3), keepdim=True) - _to_channels(mean, c) * dbias) * rstds
     mean_h, mean_hx = (_group_mean(o * weight.view(-1, 1, 1), groups) / (h * w) for o in (dbias, dweight))
-    slope, offset = (_to_channels(-o, c) for o in (mean_hx * rstd**2, mean_h * rstd))
-    dx = torch.addcmul(offset, centred, slope, out=centred).addcmul_(grad, rstds * weight.view(-1, 1, 1))
+    slope, offset = -mean_hx * rstd**2, (mean_hx * rstd * mean - mean_h) * rstd
+    dx = torch.addcmul(_to_channels(offset, c), wide, _to_channels(slope, c), out=product)
+    dx.addcmul_(grad, rstds * weight.view(-1, 1, 1))
     return (dx.to(x.dtype).contiguous(memory_format=layout), dweight.sum((0, 2, 3)).to(weight.dtype),
             dbias.sum((0, 2, 3)).to(weight.dtype), masked if residual and y is not None else dy.new_empty(0))
 
