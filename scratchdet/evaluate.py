@@ -180,13 +180,13 @@ def main(
 )->dict: # what `evaluate` returns
     "What `python -m scratchdet.evaluate` does."
     accelerator = Accelerator(cpu=args.cpu)
-    keep_memory()
     silent = args.quiet or not accelerator.is_main_process
     try:
         model, split = load_model(weights_file(args.weights)), coco_split(args.coco, args.split)
         by_main(lambda: len(load_index(*split)), accelerator)
         index = load_index(*split)
         check_categories(model, index, args.weights)
+        keep_memory()
         short, long = eval_scale(model.meta, args.short, args.long)
         loader = eval_loader(
             index, batch_size=args.batch_size, process=accelerator.process_index,

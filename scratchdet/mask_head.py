@@ -49,7 +49,7 @@ class MaskHead(nn.Module):
         labels:Tensor, # (K',) int64, class of each RoI; K for background, which gets a mask without a meaning
     )->Tensor: # (K', 28, 28) logits
         "Mask logits of each RoI for its own class."
-        own, x = labels.clamp(max=self.logits.out_channels - 1), self.upsample(self.convs(feats)).relu()
+        own, x = labels.clamp(max=self.logits.out_channels - 1), self.upsample(self.convs(feats)).relu_()
         return _own_masks(x, self.logits.weight.flatten(1)[own], self.logits.bias[own])
 
 # %% ../nbs/42_mask_head.ipynb #ac5668ee

@@ -67,6 +67,7 @@ def usable_precision(
 # %% ../nbs/61_optim.ipynb #c8951baf
 _never = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1)} # options of malloc.h, and values
 
+@cache
 def keep_memory()->bool: # False where the C library isn't glibc, and nothing changes
     "Let this process keep freed memory for what it needs next (`mallopt(3)`)."
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None

@@ -229,9 +229,9 @@ def main(
 )->list: # paths of the pictures
     "What `python -m scratchdet.predict` does."
     with one_line('scratchdet.predict'):
-        keep_memory()
         device = 'cuda' if torch.cuda.is_available() and not args.cpu else 'cpu'
         model = load_model(weights_file(args.weights)).to(device)
+        keep_memory()
         short, long = eval_scale(model.meta, args.short, args.long)
         scale = dict(short=short, long=long, score=args.score, precision=args.precision)
         make_folder(args.out)

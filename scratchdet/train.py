@@ -218,7 +218,7 @@ class Run:
         by_main(claim, a)
         self.detector = build_detector(recipe, len(self.images.category_ids)).train()
         check_trainable(self.detector)
-        keep_memory() if cpu else _for_gpu(self.detector)
+        if not cpu: _for_gpu(self.detector)
         optimizer = sgd(self.detector, recipe.lr, recipe.momentum, recipe.weight_decay)
         self.model, self.optimizer = a.prepare(self.detector, optimizer)
         names, ids = list(self.images.names), self.images.category_ids.tolist()
@@ -394,6 +394,7 @@ def _step(run, parts, report):
     skipped = [i for o in parts if o.skipped is not None for i in o.skipped.tolist()]
     parts = _send(parts, device)
     losses = train_step(run.model, run.optimizer, parts, run.accelerator, run.step, run.recipe.seed)
+    keep_memory()
     report.add(losses, torch.cat([o.image_ids for o in parts]), skipped)
     run.step += 1
     return lr
