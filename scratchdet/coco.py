@@ -55,7 +55,8 @@ def coco_split(
     root = Path(root)
     found = sorted(root.glob(f'annotations/instances_{split}*.json'))
     if len(found) != 1:
-        what = f'has {len(found)} files' if root.is_dir() else 'does not exist: no file'
+        missing = 'is a file: no folder with' if root.exists() else 'does not exist: no file'
+        what = f'has {len(found)} files' if root.is_dir() else missing
         raise FileNotFoundError(f"{root} {what} annotations/instances_{split}*.json; give a folder in COCO's "
                                 f"layout (annotations/instances_{split}2017.json and {split}2017/)")
     return found[0], root / found[0].stem.removeprefix('instances_')

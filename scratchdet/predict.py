@@ -238,8 +238,9 @@ def main(
         if not args.quiet and (other := _passed_over(args.images)):
             print(f'passed over: {other}; images are {", ".join(suffixes)}')
         paths, found, bad = _predict_all(args, model, scale)
+    many = f'{len(paths)} picture{"s" * (len(paths) != 1)}'
     less = '' if found else f'; nothing scores {args.score:g} or more: --score takes less'
-    if paths and not args.quiet: print(f'{len(paths)} pictures with {found} detections in {args.out}{less}')
+    if paths and not args.quiet: print(f'{many} with {found} detections in {args.out}{less}')
     if bad: raise SystemExit('\n'.join(f'scratchdet.predict: {o}' for o in bad))
     return paths
 

@@ -235,12 +235,13 @@ def _about(run):
     late = ', '.join(str(o) for o in r.milestones if o >= r.epochs)
     shares = '' if a.num_processes == 1 else f' on {a.num_processes} processes'
     parts = '' if run.parts == 1 else f', each share in {run.parts} parts'
+    on = 'goes on' if run.step < schedule.steps else 'is at its end'
     return '\n'.join([
         f'{r.name}: {"Mask" if r.masks else "Faster"} R-CNN, {weights:.1f} million weights, '
         f'{len(run.meta["category_ids"])} categories, {len(run.images):,} training images with objects, '
         f'{len(run.val):,} validation images',
         f'{schedule.steps:,} steps of {r.batch_size} images{shares} in {run.precision}{parts}' +
-        (f'; {run.step:,} are done, the run goes on' if run.step else ''),
+        (f'; {run.step:,} are done, the run {on}' if run.step else ''),
         f'lr {r.lr:g} after {r.warmup} steps{"".join(drops)}' +
         (f'; not lowered at {late}, the run has {r.epochs} epochs' if late else '')])
 

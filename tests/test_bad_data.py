@@ -300,6 +300,8 @@ def test_missing_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere does not exist'): load_index(tmp_path / 'a.json', tmp_path / 'nowhere')
     with pytest.raises(FileNotFoundError, match="has 0 files annotations/instances_val.*COCO's layout"): coco_split(tmp_path, 'val')
     with pytest.raises(FileNotFoundError, match='does not exist'): coco_split(tmp_path / 'nowhere', 'val')
+    (tmp_path / 'labels.csv').touch()
+    with pytest.raises(FileNotFoundError, match='labels.csv is a file'): coco_split(tmp_path / 'labels.csv', 'val')
 
 
 @pytest.mark.parametrize('content', [b'', b'GIF89a', b'\xff\xd8\xff\xe0 no image', b'<html>404</html>'])
