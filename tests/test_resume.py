@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -355,8 +356,10 @@ def test_a_run_goes_on_in_other_parts(toy, tmp_path, monkeypatch, straight):
 @pytest.mark.parametrize('place', ['detect', 'write_file'])
 def test_an_evaluation_that_was_cut_short_is_done_again(place, toy, tmp_path, monkeypatch):
     "Also by a kill after it was counted, before it was written; no later checkpoint hides that it is missing."
-    recipe = replace(tiny, eval_every=1)
-    def killed(*args, **kwargs): raise Killed
+    recipe, until = replace(tiny, eval_every=1), time.monotonic() + 60
+    def killed(*args, **kwargs):
+        while not (tmp_path/'run/checkpoints/step_00000004').exists() and time.monotonic() < until: time.sleep(.01)  # it is written behind the loop
+        raise Killed
     with monkeypatch.context() as m:
         m.setattr(module, place, killed)
         with pytest.raises(Killed): train(recipe, toy, tmp_path/'run', progress=False)
