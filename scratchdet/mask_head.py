@@ -17,11 +17,8 @@ from .roi_align import _one_thread, axis_weights
 # %% ../nbs/42_mask_head.ipynb #2fe7fc95
 def _own_masks(x, weight, bias):
     "A 1x1 convolution to one channel for each map: (K', C, h, w), (K', C) and (K',) to (K', h, w)."
-    start, (k, _, h, w) = bias[:, None, None], x.shape
-    if x.is_contiguous(memory_format=torch.channels_last):
-        out = torch.baddbmm(start, x.permute(0, 2, 3, 1).flatten(1, 2), weight[:, :, None])  # (K', h*w, 1)
-    else: out = torch.baddbmm(start, weight[:, None], x.flatten(2))  # (K', 1, h*w)
-    return out.view(k, h, w)
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (K', h*w, C)
+    return torch.baddbmm(bias[:, None, None], rows, weight[:, :, None]).unflatten(1, x.shape[2:])[..., 0]
 
 # %% ../nbs/42_mask_head.ipynb #72547a05
 class MaskHead(nn.Module):

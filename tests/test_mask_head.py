@@ -179,14 +179,13 @@ class Large(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_maps_are_not_copied_and_their_gradient_has_their_layout(layout):
-    x = torch.randn(3, 32, 28, 28).contiguous(memory_format=layout).requires_grad_()
+def test_maps_are_not_copied_and_their_gradient_has_their_layout():
+    x = torch.randn(3, 32, 28, 28).contiguous(memory_format=torch.channels_last).requires_grad_()
     with Large(x.numel()) as seen:
         out = _own_masks(x, torch.randn(3, 32, requires_grad=True), torch.randn(3, requires_grad=True))
         assert not seen.made
         grad, = torch.autograd.grad(out, x, torch.randn_like(out))
-    assert len(seen.made) == 1 and grad.is_contiguous(memory_format=layout)
+    assert len(seen.made) == 1 and grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_head_as_one_graph():
