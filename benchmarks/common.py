@@ -39,7 +39,7 @@ class Apart:
     def __init__(self, build, *args):
         context = multiprocessing.get_context('spawn')
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, build, args))
+        self.process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
         self.process.start()
         theirs.close()
 

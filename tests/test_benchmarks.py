@@ -1,8 +1,10 @@
 "The benchmarks: what they count with, quickly; all of them at toy size among the slow tests."
 import json
+import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +26,14 @@ def test_ratios_are_taken_within_each_repeat():
     assert called == ['a', 'b'] * 3 and [len(v) for v in seconds.values()] == [2, 2]
     found = against({'a': [1., 2., 9.], 'b': [2., 2., 3.]}, 'a', 'b')
     assert found['ratio'] == 1 and found['ratios'] == [.5, 1, 3] and found['median'] == {'a': 2., 'b': 2.}
+
+
+def test_a_function_of_another_process():
+    from common import Apart
+    do = Apart(partial, os.getpid)
+    assert do() == do() == do.process.pid != os.getpid() and 0 < do.end() < 2 and do.process.exitcode == 0
+    broken = Apart(partial, int, 'x')
+    with pytest.raises(EOFError): broken()
 
 
 def test_a_clock_counts_nothing_twice():

@@ -460,6 +460,7 @@ def step(case, optimizer, index):
 
 
 def training(case):
+    for stage in STAGES[:-1]: run_stage(case.ref.name, stage)  # with the weights that this one changes
     ref, model = case.ref, case.model
     if case.detectron2: return
     model.train()
