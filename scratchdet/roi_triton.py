@@ -77,8 +77,9 @@ def _pool(maps, heights, widths, strides, rois, out, C, bins, ratio,
           CELLS: constexpr, COLS: constexpr, LAST: constexpr):
     k, by, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLS + tl.arange(0, COLS)[None, :]
     n, level, y0, x0, y1, x1 = _roi(rois, k, True, strides)
-    h, w, (sy, gy), (sx, gx) = (_pick(heights, level), _pick(widths, level), _steps(y0, y1, bins, ratio),
-                                _steps(x0, x1, bins, ratio))
+    h, w = _pick(heights, level), _pick(widths, level)
+    sy, gy = _steps(y0, y1, bins, ratio)
+    sx, gx = _steps(x0, x1, bins, ratio)
     top, rows = _window(by, y0, sy, gy, h)
     x, out = _pick(maps, level) + n.to(tl.int64) * C * h * w, out + k.to(tl.int64) * C * bins * bins
     for bx in range(bins):
@@ -128,7 +129,8 @@ _search = 512 # RoIs that are looked at together
 def _touches(rois, k, K, image, level, top, left, strides, bins, ratio, SIDE: constexpr):
     "Which of the RoIs `k` have points that read the tile at `top`, `left`."
     n, l, y0, x0, y1, x1 = _roi(rois, k, k < K, strides)
-    (_, gy), (_, gx) = _steps(y0, y1, bins, ratio), _steps(x0, x1, bins, ratio)
+    _, gy = _steps(y0, y1, bins, ratio)
+    _, gx = _steps(x0, x1, bins, ratio)
     y = (tl.minimum(y0, y1) <= top + SIDE) & (tl.maximum(y0, y1) >= top - 1)
     x = (tl.minimum(x0, x1) <= left + SIDE) & (tl.maximum(x0, x1) >= left - 1)
     return (n == image) & (l == level) & (gy > 0) & (gx > 0) & x & y
@@ -146,7 +148,8 @@ def _bins(first, last, lo, step, bins):
 def _gather(total, rois, k, dy, i, j, c, top, left, h, w, strides, C, bins, ratio,
             SIDE: constexpr, LAST: constexpr):
     _, _, y0, x0, y1, x1 = _roi(rois, k, True, strides)
-    (sy, gy), (sx, gx) = _steps(y0, y1, bins, ratio), _steps(x0, x1, bins, ratio)
+    sy, gy = _steps(y0, y1, bins, ratio)
+    sx, gx = _steps(x0, x1, bins, ratio)
     y_first, y_last = _bins(top, tl.minimum(top + SIDE, h) - 1, y0, sy, bins)
     x_first, x_last = _bins(left, tl.minimum(left + SIDE, w) - 1, x0, sx, bins)
     dy += k.to(tl.int64) * C * bins * bins
@@ -222,7 +225,8 @@ def _mask_rows(masks, rois, matched, out, M, height, width, bins, BINS: constexp
     k, by, bx = tl.program_id(0), tl.program_id(1), tl.arange(0, BINS)
     n, m, at = tl.load(rois + 5 * k), tl.load(matched + k), rois + 5 * k
     x0, y0, x1, y1 = (tl.load(at + 1) - .5, tl.load(at + 2) - .5, tl.load(at + 3) - .5, tl.load(at + 4) - .5)
-    (sy, gy), (sx, gx) = _steps(y0, y1, bins, 0), _steps(x0, x1, bins, 0)
+    sy, gy = _steps(y0, y1, bins, 0)
+    sx, gx = _steps(x0, x1, bins, 0)
     masks += (n.to(tl.int64) * M + tl.maximum(m, 0)) * height * width
     total = tl.zeros((BINS,), tl.float32)
     for t in range(gy * gx * (m >= 0).to(tl.int32)):
