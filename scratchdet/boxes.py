@@ -43,7 +43,8 @@ def box_iou(
     "Intersection over union of every box of `a` with every box of `b`."
     lo = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])       # (..., M, P, 2)
     hi = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])       # (..., M, P, 2)
-    inter = (hi - lo).clamp(min=0).prod(dim=-1)                        # (..., M, P)
+    w, h = (hi - lo).clamp(min=0).unbind(-1)                           # (..., M, P)
+    inter = w * h
     union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - inter
     return inter / union.clamp(min=1e-6)
 

@@ -8,10 +8,25 @@ __all__ = ['FPN']
 # %% ../nbs/22_fpn.ipynb #9cba948a
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .norm import ConvNorm
+
+# %% ../nbs/22_fpn.ipynb #8e3f0229
+class _Twice(torch.autograd.Function):
+    "Every pixel twice along both axes, (N, C, h, w) to (N, C, 2h, 2w)."
+    @staticmethod
+    def forward(ctx, x):
+        (n, c, h, w), rows = x.shape, x.permute(0, 2, 3, 1)
+        rows = rows[:, :, None, :, None].expand(n, h, 2, w, 2, c).reshape(n, 2 * h, 2 * w, c)
+        return rows.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad): return F.avg_pool2d(grad, 2, divisor_override=1)
+
+def _upsample(x, size): return _Twice.apply(x)[..., :size[0], :size[1]]
 
 # %% ../nbs/22_fpn.ipynb #7aeb583e
 class FPN(nn.Module):
@@ -33,6 +48,6 @@ class FPN(nn.Module):
         "From the coarsest level: upsample, add the lateral, smooth"
         merged = [self.lateral[-1](features[-1])]
         for c, lateral in zip(features[-2::-1], self.lateral[-2::-1]):
-            merged.append(lateral(c, F.interpolate(merged[-1], c.shape[-2:], mode='nearest')))
+            merged.append(lateral(c, _upsample(merged[-1], c.shape[-2:])))
         levels = [output(m) for output, m in zip(self.output, merged[::-1])]
         return [*levels, F.max_pool2d(levels[-1], 1, 2)]

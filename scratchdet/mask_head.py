@@ -16,9 +16,19 @@ from .roi_align import _one_thread, axis_weights
 
 # %% ../nbs/42_mask_head.ipynb #2fe7fc95
 def _own_masks(x, weight, bias):
-    "A 1x1 convolution to one channel for each map: (K', C, h, w), (K', C) and (K',) to (K', h, w)."
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (K', h*w, C)
-    return torch.baddbmm(bias[:, None, None], rows, weight[:, :, None]).unflatten(1, x.shape[2:])[..., 0]
+    "A 1x1 convolution to one channel for each RoI: cells (K', Q, C), (K', C) and (K', 1) to (K', Q)."
+    return torch.baddbmm(bias[..., None], x, weight[..., None])[..., 0]
+
+# %% ../nbs/42_mask_head.ipynb #571ffe59
+def _quarters(x, conv):
+    "A transposed convolution of side and stride 2: (K', C, h, w) to cells (K', h*w*2*2, C')."
+    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * C', C)
+    x = F.linear(x.permute(0, 2, 3, 1), weight, conv.bias.repeat(4))
+    return x.view(len(x), 4 * x.shape[1] * x.shape[2], conv.out_channels)
+
+def _in_place(x, h, w):
+    "What each of the cells has, (K', h*w*2*2), where it belongs: (K', 2h, 2w)."
+    return x.view(len(x), h, w, 2, 2).transpose(2, 3).reshape(len(x), 2 * h, 2 * w)
 
 # %% ../nbs/42_mask_head.ipynb #72547a05
 class MaskHead(nn.Module):
@@ -46,8 +56,9 @@ class MaskHead(nn.Module):
         labels:Tensor, # (K',) int64, class of each RoI; K for background, which gets a mask without a meaning
     )->Tensor: # (K', 28, 28) logits
         "Mask logits of each RoI for its own class."
-        own, x = labels.clamp(max=self.logits.out_channels - 1), self.upsample(self.convs(feats)).relu_()
-        return _own_masks(x, self.logits.weight.flatten(1)[own], self.logits.bias[own])
+        own, x = labels.clamp(max=self.logits.out_channels - 1), _quarters(self.convs(feats), self.upsample)
+        parts = self.logits.weight.flatten(1), self.logits.bias[:, None]
+        return _in_place(_own_masks(x.relu_(), *(F.embedding(own, o) for o in parts)), *feats.shape[2:])
 
 # %% ../nbs/42_mask_head.ipynb #ac5668ee
 @torch.library.custom_op('scratchdet::mask_targets', mutates_args=())

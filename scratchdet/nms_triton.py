@@ -54,10 +54,10 @@ def _over(boxes, i, j, end, thresh):
 @_jit
 def _settle(over, free, i):
     "Which of the `free` boxes of a block stay."
-    before = over & (i[:, None] < i[None, :])
+    before = over & (i[None, :] < i[:, None])
     keep, changed = free, 1
     while changed > 0:
-        new = free * (1 - tl.max((before & (keep[:, None] > 0)).to(tl.int32), 0))
+        new = free * (1 - tl.max((before & (keep[None, :] > 0)).to(tl.int32), 1))
         changed = tl.max(tl.abs(new - keep))
         keep = new
     return keep
@@ -71,8 +71,8 @@ def _greedy(boxes, keep, first, end, thresh, B: constexpr):
         for earlier in range(first, start, B):
             i = earlier + tl.arange(0, B)
             stays = tl.load(keep + i).to(tl.int32)
-            gone = _over(boxes, i, j, end, thresh) & (stays[:, None] > 0)
-            free = free * (1 - tl.max(gone.to(tl.int32), 0))
+            gone = _over(boxes, j, i, end, thresh) & (stays[None, :] > 0)
+            free = free * (1 - tl.max(gone.to(tl.int32), 1))  # along a row, which one warp holds
         stays = _settle(_over(boxes, j, j, end, thresh), free, j)
         tl.store(keep + j, stays.to(tl.int8), j < end)
         tl.debug_barrier()

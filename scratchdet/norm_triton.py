@@ -16,13 +16,13 @@ from .norm import _group_norm, _group_norm_backward, _layout
 # %% ../nbs/25_norm_triton.ipynb #399278f3
 triton, tl = (import_module(o) if find_spec('triton') else None for o in ('triton', 'triton.language'))
 _jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda f: f, int)
-_options = dict(num_warps=8, enable_fp_fusion=True)
 
 # %% ../nbs/25_norm_triton.ipynb #6046b4f5
 class Split(NamedTuple):
     "How a map is cut into programs"
     rows:int # pixels in a tile, a power of two
     cols:int # channels in a tile, a power of two
+    warps:int # a program has 32 threads for each
     pixels:int # pixels that one program works through
     whole:bool # a tile holds whole groups: one pass is enough
 
@@ -38,14 +38,15 @@ def split_map(
     last:bool, # channels last in memory
 )->Split: # with at most 512 parts of the pixels and channels of an image
     "The cut of one image's map"
-    size, rows, tile = channels // groups, _power(pixels), 8192
+    size, rows = channels // groups, _power(pixels)
+    tile, warps = (4096, 2) if rows <= 64 else (8192, 8)
     if rows <= 256 and size == _power(size) and rows * size <= tile:
-        return Split(rows, min(_power(channels), tile // rows), pixels, True)
+        return Split(rows, min(_power(channels), tile // rows), warps, pixels, True)
     cols = min(_power(channels), 256 if last else 8)
-    rows = min(rows, tile // cols)
+    rows = min(rows, 4096 // cols)
     # the last limit keeps the parts of one group in one tile when they are put together
-    parts = max(1, min(512 // -(-channels // cols), tile // size))
-    return Split(rows, cols, rows * -(-pixels // (rows * parts)), False)
+    parts = max(1, min(512 // -(-channels // cols), 8192 // size))
+    return Split(rows, cols, 4, rows * -(-pixels // (rows * parts)), False)
 
 # %% ../nbs/25_norm_triton.ipynb #4737a199
 @_jit
@@ -73,17 +74,18 @@ def _store_pair(out, a, b, C, COLS: constexpr):
 
 @_jit
 def _moments(x, moments, C, HW, pixels, ROWS: constexpr, COLS: constexpr, LAST: constexpr):
-    first = tl.program_id(1) * pixels
-    mean, m2 = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
-    for start in range(first, tl.minimum(first + pixels, HW), ROWS):
+    first, end = tl.program_id(1) * pixels, tl.minimum((tl.program_id(1) + 1) * pixels, HW)
+    mean, m2 = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(first, end, ROWS):
         place, inside = _tile(C, HW, start, ROWS, COLS, LAST)
         v = _load(x, place, inside)
-        seen, new = start - first, tl.minimum(HW - start, ROWS)
-        m = tl.sum(v, 0) / new
-        d, v = m - mean, tl.where(inside, v - m[None, :], 0.)
-        mean += d * new / (seen + new)
-        m2 += tl.sum(v * v, 0) + d * d * seen * new / (seen + new)
-    _store_pair(moments, mean, m2, C, COLS)
+        d = tl.where(inside, v - mean, 0.)
+        mean += d * (1. / ((start - first) // ROWS + 1))
+        m2 += d * (v - mean)
+    count = tl.maximum((end - first - tl.arange(0, ROWS)[:, None] + ROWS - 1) // ROWS, 0)
+    mu = tl.sum(mean * count, 0) / (end - first)
+    away = mean - mu[None, :]
+    _store_pair(moments, mu, tl.sum(m2 + count * away * away, 0), C, COLS)
 
 # %% ../nbs/25_norm_triton.ipynb #ce9c5ae7
 @_jit
@@ -158,8 +160,13 @@ def _plan(x, groups):
     last = layout == torch.channels_last
     split = split_map(c, h * w, groups, last)
     grid = n, -(-h * w // split.pixels), -(-c // split.cols)
-    tile = dict(C=c, HW=h * w, ROWS=split.rows, COLS=split.cols, LAST=last, **_options)
+    tile = dict(C=c, HW=h * w, ROWS=split.rows, COLS=split.cols, LAST=last, num_warps=split.warps)
     return split, grid, tile, lambda o: o.contiguous(memory_format=layout)
+
+# %% ../nbs/25_norm_triton.ipynb #4a4f4a2b
+_summed = 512 # values in a tile of the kernels that sum
+
+def _one_warp(tile): return tile | dict(ROWS=min(tile['ROWS'], _summed // tile['COLS']), num_warps=1)
 
 # %% ../nbs/25_norm_triton.ipynb #5ba5e931
 def triton_group_norm(
@@ -180,9 +187,9 @@ def triton_group_norm(
     if split.whole: _whole[grid](*args, eps=eps, SIZE=size, **does)
     else:
         moments = mean.new_empty((*grid[:2], 2, x.shape[1]))  # (N, parts, 2, C)
-        _moments[grid](x, moments, pixels=split.pixels, **tile)
+        _moments[grid](x, moments, pixels=split.pixels, **_one_warp(tile))
         _combine[len(x), groups](moments, mean, rstd, tile['C'], tile['HW'], split.pixels, grid[1], size, eps,
-                                 _power(grid[1] * size), **_options)
+                                 _power(grid[1] * size), num_warps=8)
         _normalize[grid](*args, pixels=split.pixels, size=size, **does)
     return y, mean, rstd
 
@@ -205,15 +212,15 @@ def _mask(g, y, masked, place, inside):
 def _sums(x, dy, y, masked, weight, bias, mean, rstd, sums, C, HW, pixels, size,
           ADD: constexpr, RELU: constexpr, ROWS: constexpr, COLS: constexpr, LAST: constexpr):
     w, b, mu, r = _per_channel(weight, bias, mean, rstd, C, size, COLS)
-    shift, scale = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
+    shift, scale = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     first = tl.program_id(1) * pixels
     for start in range(first, tl.minimum(first + pixels, HW), ROWS):
         place, inside = _tile(C, HW, start, ROWS, COLS, LAST)
         xhat, g = _gradient(x, dy, place, inside, w, b, mu, r, RELU and not ADD)
         if ADD and RELU: g = _mask(g, y, masked, place, inside)
-        shift += tl.sum(g, 0)
-        scale += tl.sum(g * xhat, 0)
-    _store_pair(sums, shift, scale, C, COLS)
+        shift += g
+        scale += g * xhat
+    _store_pair(sums, tl.sum(shift, 0), tl.sum(scale, 0), C, COLS)
 
 # %% ../nbs/25_norm_triton.ipynb #648997ad
 @_jit
@@ -271,9 +278,9 @@ def triton_group_norm_backward(
     if split.whole: _whole_backward[grid](x, dy, y, masked, dx, *args, sums, SIZE=size, **does)
     else:
         h = torch.empty_like(mean), torch.empty_like(mean)
-        _sums[grid](x, dy, y, masked, *args, sums, **part, **does)
+        _sums[grid](x, dy, y, masked, *args, sums, **part, **_one_warp(does))
         _means[len(x), groups](sums, args[0], *h, tile['C'], tile['HW'], grid[1], size,
-                               _power(grid[1] * size), **_options)
+                               _power(grid[1] * size), num_warps=8)
         if mask: dy, relu = masked, False
         _input_gradient[grid](x, dy, dx, *args, *h, RELU=relu, **part, **tile)
     dbias, dweight = (sums[:, :, i].sum((0, 1)).to(weight.dtype) for i in (0, 1))

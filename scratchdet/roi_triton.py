@@ -48,7 +48,7 @@ def _point(t, bin, lo, step, count): return lo + bin * step + (t + .5) * step / 
 
 @_jit
 def _weight(cell, bin, lo, step, count, cells):
-    weight = tl.zeros(cell.shape, tl.float32)
+    weight = (cell + bin) * 0.
     for t in range(count):
         p = _point(t, bin, lo, step, count)
         used = (p >= -1) & (p <= cells)
@@ -84,15 +84,15 @@ def _pool(maps, heights, widths, strides, rois, out, C, bins, ratio,
     x, out = _pick(maps, level) + n.to(tl.int64) * C * h * w, out + k.to(tl.int64) * C * bins * bins
     for bx in range(bins):
         left, columns = _window(bx, x0, sx, gx, w)
-        total = tl.zeros((CELLS, COLS), tl.float32)
+        total = tl.zeros((1, COLS), tl.float32)
         for start in range(0, rows * columns, CELLS):
             q = start + tl.arange(0, CELLS)[:, None]
             i, j = top + q // columns, left + q % columns
             weight = _weight(i, by, y0, sy, gy, h) * _weight(j, bx, x0, sx, gx, w)
             inside = (q < rows * columns) & (c < C)
-            total += weight * tl.load(x + _place(i, j, c, h, w, C, LAST), inside, 0.).to(tl.float32)
-        v = tl.sum(total, 0)[None, :].to(out.dtype.element_ty)
-        tl.store(out + _place(by, bx, c, bins, bins, C, LAST), v, c < C)
+            v = tl.load(x + _place(i, j, c, h, w, C, LAST), inside, 0.).to(tl.float32)
+            total += tl.sum(weight * v, 0, keep_dims=True)
+        tl.store(out + _place(by, bx, c, bins, bins, C, LAST), total.to(out.dtype.element_ty), c < C)
 
 # %% ../nbs/45_roi_triton.ipynb #bf03e1c0
 def _plan(features, strides, rois):
@@ -101,7 +101,7 @@ def _plan(features, strides, rois):
     heights, widths = (tuple(x.shape[i] for x in features) for i in (2, 3))
     told = dict(heights=heights, widths=widths, strides=tuple(map(float, strides)),
                 rois=rois.float().contiguous(), C=features[0].shape[1],
-                LAST=layout == torch.channels_last, num_warps=4)
+                LAST=layout == torch.channels_last)
     return told, lambda x: x.contiguous(memory_format=layout)
 
 # %% ../nbs/45_roi_triton.ipynb #c7e7f54f
@@ -115,25 +115,33 @@ def triton_roi_align(
     "The forward body of `scratchdet::roi_align`"
     told, dense = _plan(features, strides, rois)
     (k, c), x = (len(rois), told['C']), features[0]
-    out = x.new_empty((k, c, resolution, resolution)).contiguous(memory_format=_format(x))
+    out = x.new_empty((k, c, resolution, resolution))
+    if not out.is_contiguous(memory_format=_format(x)): out = torch.empty_like(out, memory_format=_format(x))
     cols = min(_power(c), 256)
     if k: _pool[k, resolution, -(-c // cols)](
         tuple(map(dense, features)), out=out, bins=resolution, ratio=sampling_ratio,
-        CELLS=16, COLS=cols, **told)
+        CELLS=8, COLS=cols, num_warps=1, **told)
     return out
 
+# %% ../nbs/45_roi_triton.ipynb #87d025aa
+def _by_image(rois, n):
+    "The order that puts RoIs of the same image together, and where each image's begin: (K,) and (N + 1,)."
+    image, order = rois[:, 0].sort(stable=True)
+    numbers = torch.arange(n + 1, device=image.device, dtype=image.dtype)
+    return order, torch.searchsorted(image, numbers, out_int32=True)
+
 # %% ../nbs/45_roi_triton.ipynb #c6d87392
-_search = 512 # RoIs that are looked at together
+_search = 128 # RoIs that are looked at together
 
 @_jit
-def _touches(rois, k, K, image, level, top, left, strides, bins, ratio, SIDE: constexpr):
+def _touches(rois, k, end, level, top, left, strides, bins, ratio, SIDE: constexpr):
     "Which of the RoIs `k` have points that read the tile at `top`, `left`."
-    n, l, y0, x0, y1, x1 = _roi(rois, k, k < K, strides)
+    _, l, y0, x0, y1, x1 = _roi(rois, k, k < end, strides)
     _, gy = _steps(y0, y1, bins, ratio)
     _, gx = _steps(x0, x1, bins, ratio)
     y = (tl.minimum(y0, y1) <= top + SIDE) & (tl.maximum(y0, y1) >= top - 1)
     x = (tl.minimum(x0, x1) <= left + SIDE) & (tl.maximum(x0, x1) >= left - 1)
-    return (n == image) & (l == level) & (gy > 0) & (gx > 0) & x & y
+    return (k < end) & (l == level) & (gy > 0) & (gx > 0) & x & y
 
 @_jit
 def _bins(first, last, lo, step, bins):
@@ -146,24 +154,29 @@ def _bins(first, last, lo, step, bins):
 # %% ../nbs/45_roi_triton.ipynb #fd6ec2f2
 @_jit
 def _gather(total, rois, k, dy, i, j, c, top, left, h, w, strides, C, bins, ratio,
-            SIDE: constexpr, LAST: constexpr):
+            SIDE: constexpr, BINS: constexpr, LAST: constexpr):
     _, _, y0, x0, y1, x1 = _roi(rois, k, True, strides)
     sy, gy = _steps(y0, y1, bins, ratio)
     sx, gx = _steps(x0, x1, bins, ratio)
     y_first, y_last = _bins(top, tl.minimum(top + SIDE, h) - 1, y0, sy, bins)
     x_first, x_last = _bins(left, tl.minimum(left + SIDE, w) - 1, x0, sx, bins)
-    dy += k.to(tl.int64) * C * bins * bins
-    for by in range(y_first, y_last + 1):
-        wy = _weight(i, by, y0, sy, gy, h)
-        for bx in range(x_first, x_last + 1):
-            g = tl.load(dy + _place(by, bx, c, bins, bins, C, LAST), c < C, 0.).to(tl.float32)
-            total += wy * _weight(j, bx, x0, sx, gx, w) * g
+    columns = x_last - x_first + 1
+    count = (y_last - y_first + 1) * columns
+    for start in range(0, count, BINS):
+        q = start + tl.arange(0, BINS)
+        by, bx, here = y_first + q // columns, x_first + q % columns, q < count
+        weight = _weight(i, by[None, :], y0, sy, gy, h) * _weight(j, bx[None, :], x0, sx, gx, w)
+        at = dy + _place(by[:, None], bx[:, None], c, bins, bins, C, LAST)
+        g, weight = tl.load(at, here[:, None] & (c < C), 0.), tl.where(here[None, :], weight, 0.)
+        high = weight.to(g.dtype)
+        total = tl.dot(high, g, total, input_precision='ieee')
+        if g.dtype != tl.float32: total = tl.dot((weight - high.to(tl.float32)).to(g.dtype), g, total)
     return total
 
 # %% ../nbs/45_roi_triton.ipynb #e1d72455
 @_jit
-def _spread(grads, heights, widths, strides, firsts, rois, dy, K, C, bins, ratio,
-            SIDE: constexpr, COLS: constexpr, BLOCK: constexpr, LAST: constexpr):
+def _spread(grads, heights, widths, strides, firsts, rois, begins, order, dy, C, bins, ratio,
+            SIDE: constexpr, BINS: constexpr, COLS: constexpr, BLOCK: constexpr, LAST: constexpr):
     tile, image, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLS + tl.arange(0, COLS)[None, :]
     level = (tile < 0).to(tl.int32)
     for l in tl.static_range(1, len(firsts)): level += (tile >= firsts[l]).to(tl.int32)
@@ -172,14 +185,16 @@ def _spread(grads, heights, widths, strides, firsts, rois, dy, K, C, bins, ratio
     top, left, q = tile // across * SIDE, tile % across * SIDE, tl.arange(0, SIDE * SIDE)[:, None]
     i, j = top + q // SIDE, left + q % SIDE
     total = tl.zeros((SIDE * SIDE, COLS), tl.float32)
-    for start in range(0, K, BLOCK):
+    first, end = tl.load(begins + image), tl.load(begins + image + 1)
+    for start in range(first, end, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        touches = _touches(rois, k, K, image, level, top, left, strides, bins, ratio, SIDE)
-        one = tl.min(tl.where(touches, k, K))
-        while one < K:
-            total = _gather(total, rois, one, dy, i, j, c, top, left, h, w, strides, C, bins, ratio,
-                            SIDE, LAST)
-            one = tl.min(tl.where(touches & (k > one), k, K))
+        touches = _touches(rois, k, end, level, top, left, strides, bins, ratio, SIDE)
+        one = tl.min(tl.where(touches, k, end))
+        while one < end:
+            g = dy + tl.load(order + one) * C * bins * bins
+            total = _gather(total, rois, one, g, i, j, c, top, left, h, w, strides, C, bins, ratio,
+                            SIDE, BINS, LAST)
+            one = tl.min(tl.where(touches & (k > one), k, end))
     dx, inside = _pick(grads, level) + image.to(tl.int64) * C * h * w, (i < h) & (j < w) & (c < C)
     tl.store(dx + _place(i, j, c, h, w, C, LAST), total.to(dx.dtype.element_ty), inside)
 
@@ -192,13 +207,15 @@ def triton_roi_align_backward(
     sampling_ratio:int=0, # points per bin and axis; 0: as many as the bin has cells, rounded up
 )->list: # gradients of the maps, each in its own dtype and layout
     "The body of `scratchdet::roi_align_backward`"
-    told, dense = _plan(features, strides, rois)
-    grads, side, cols = tuple(dense(torch.empty_like(x)) for x in features), 8, min(_power(told['C']), 64)
+    order, begins = _by_image(rois, len(features[0]))
+    told, dense = _plan(features, strides, rois[order])
+    grads, side = tuple(dense(torch.empty_like(x)) for x in features), 4
+    cols = max(16, min(_power(told['C']), 256))
     tiles = [-(-h // side) * -(-w // side) for h, w in zip(told['heights'], told['widths'])]
     firsts = tuple(sum(tiles[:i]) for i in range(len(tiles)))
     _spread[sum(tiles), len(features[0]), -(-told['C'] // cols)](
-        grads, firsts=firsts, dy=dense(grad), K=len(rois), bins=grad.shape[2], ratio=sampling_ratio,
-        SIDE=side, COLS=cols, BLOCK=_search, **told)
+        grads, firsts=firsts, begins=begins, order=order, dy=dense(grad), bins=grad.shape[2],
+        ratio=sampling_ratio, SIDE=side, BINS=16, COLS=cols, BLOCK=_search, num_warps=4, **told)
     return [g.contiguous(memory_format=_format(x)) for g, x in zip(grads, features)]
 
 # %% ../nbs/45_roi_triton.ipynb #68674640

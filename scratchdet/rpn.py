@@ -149,14 +149,14 @@ def losses(
     return sums, count
 
 # %% ../nbs/32_rpn.ipynb #8b8cdd77
-def _neighbours(shapes, device):
-    "Rows of the 3x3 locations around each location, 0 for those off its map. (Q, 9)"
+def _neighbours(n, shapes, device):
+    "Rows of the 3x3 locations around each location of N images, 0 for those off its map. (N, Q, 9)"
     tables, first = [], 1
     for h, w in shapes:
-        rows = torch.arange(first, first + h * w, device=device).view(h, w)
-        tables.append(F.pad(rows, (1, 1, 1, 1)).unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
-        first += h * w
-    return torch.cat(tables)
+        rows = torch.arange(first, first + n * h * w, device=device).view(n, h, w)
+        tables.append(F.pad(rows, (1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1).reshape(n, -1, 9))
+        first += n * h * w
+    return torch.cat(tables, 1)
 
 # %% ../nbs/32_rpn.ipynb #f8f94c7e
 @patch
@@ -167,13 +167,11 @@ def at(
 )->tuple[Tensor, Tensor]: # logits (N, S) and deltas (N, S, 4) of these anchors
     "What `forward` says of some anchors, from the neighbours of their locations alone."
     (n, c), a = features[0].shape[:2], self.objectness.out_channels
-    rows = [features[0].new_zeros(n, 1, c), *(x.flatten(2).mT for x in features)]
-    rows = torch.cat(rows, 1)                                                                  # (N, 1 + Q, C)
-    near = _neighbours([x.shape[-2:] for x in features], idxs.device)[idxs // a]               # (N, S, 9)
-    first = torch.arange(n, device=idxs.device)[:, None, None] * rows.shape[1]
-    near = (near + first).where(near > 0, 0)
+    rows = [features[0].new_zeros(1, c), *(x.permute(0, 2, 3, 1).flatten(0, 2) for x in features)]
+    near = _neighbours(n, [x.shape[-2:] for x in features], idxs.device)                       # (N, Q, 9)
+    near = near.gather(1, (idxs // a)[..., None].expand(-1, -1, 9))                            # (N, S, 9)
     # `embedding` adds up the gradients of a row in one order, and none for row 0
-    patches = F.embedding(near, rows.flatten(0, 1), padding_idx=0).flatten(2)                  # (N, S, 9 * C)
+    patches = F.embedding(near, torch.cat(rows), padding_idx=0).flatten(2)                     # (N, S, 9 * C)
     hidden = F.linear(patches, self.conv.weight.permute(0, 2, 3, 1).flatten(1), self.conv.bias).relu()
     parts = self.objectness, self.deltas
     weight = torch.cat([o.weight.reshape(a, -1, c) for o in parts], 1).flatten(0, 1)           # (5 * A, C)
