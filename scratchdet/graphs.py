@@ -6,17 +6,19 @@
 __all__ = ['recorder', 'warm_up', 'slots', 'fixed_batch', 'fill', 'flat_gradients', 'Recorded']
 
 # %% ../nbs/63_graphs.ipynb #166ba415
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
 import torch
+from fastcore.basics import patch
 from torch import Tensor, distributed
 from .detector import Detector, mean_losses
 
 # %% ../nbs/63_graphs.ipynb #c17161a8
 def recorder(
     device:torch.device, # that computes
-): # takes a function without arguments, returns one that does the same work again
+)->Callable: # takes a function without arguments, returns one that does the same work again
     "Records as CUDA graphs with one pool of memory; a CPU calls the function again."
     if device.type != 'cuda':
         def again(do):
@@ -26,7 +28,7 @@ def recorder(
     pool = torch.cuda.graph_pool_handle()
     def record(do):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'): do()  # others may copy meanwhile
+        with torch.cuda.graph(graph, pool, capture_error_mode='thread_local'): do()
         return graph.replay
     return record
 
@@ -61,7 +63,8 @@ def fixed_batch(
     room, names = slots(batch.boxes.shape[1]), ('boxes', 'labels', 'valid', 'masks')
     objects = {k: getattr(batch, k) for k in names}
     objects = {k: o if o is None else o.new_zeros(len(o), room, *o.shape[2:]) for k, o in objects.items()}
-    return SimpleNamespace(images=torch.zeros_like(batch.images), sizes=torch.zeros_like(batch.sizes), **objects)
+    images, sizes = (torch.zeros_like(o) for o in (batch.images, batch.sizes))
+    return SimpleNamespace(images=images, sizes=sizes, **objects)
 
 # %% ../nbs/63_graphs.ipynb #f9f3eeb7
 def fill(
@@ -111,28 +114,31 @@ class Recorded:
         self.flat, self.grads = flat_gradients(self.params)
         self.total = torch.ones(3, device=self.device)
 
-    def _new(self, batch, keys):
-        "Both recordings for batches of this shape."
-        o = SimpleNamespace(batch=fixed_batch(batch), keys=keys.clone())
-        fill(o.batch, batch)
-        halves = partial(_forward, self, o), partial(_backward, self, o)
-        warm_up(lambda: [do() for do in halves], self.device)
-        o.forward, o.backward = map(self.record, halves)
-        return o
+# %% ../nbs/63_graphs.ipynb #2c87f7ae
+def _both(model, batch, keys):
+    "Fixed memory for batches of this shape, and both recordings of a step that reads it."
+    o = SimpleNamespace(batch=fixed_batch(batch), keys=keys.clone())
+    fill(o.batch, batch)
+    halves = partial(_forward, model, o), partial(_backward, model, o)
+    warm_up(lambda: [do() for do in halves], model.device)
+    o.forward, o.backward = map(model.record, halves)
+    return o
 
-    def __call__(self,
-        batch, # a `Batch` on the device
-        keys:Tensor, # (N,) hash of seed, step and image for the samplers
-        total, # sums the three normalizers (3,) over processes; called once
-    )->dict: # (): this process's shares of the losses; `grad` of every parameter is set
-        "Losses and gradients of a batch, the gradients summed over processes."
-        shape = tuple(batch.images.shape), slots(batch.boxes.shape[1]), batch.masks is None
-        o = self.shapes[shape] = self.shapes.get(shape) or self._new(batch, keys)
-        fill(o.batch, batch)
-        o.keys.copy_(keys)
-        o.forward()
-        self.total.copy_(total(o.counts))
-        o.backward()
-        if distributed.is_initialized(): distributed.all_reduce(self.flat)
-        for p, grad in zip(self.params, self.grads): p.grad = grad
-        return dict(zip(o.names, o.losses.clone()))
+@patch
+def __call__(self:Recorded,
+    batch, # a `Batch` on the device
+    keys:Tensor, # (N,) hash of seed, step and image for the samplers
+    total, # sums the three normalizers (3,) over processes; called once
+)->dict: # (): this process's shares of the losses; `grad` of every parameter is set
+    "Losses and gradients of a batch, the gradients summed over processes."
+    shape = tuple(batch.images.shape), slots(batch.boxes.shape[1]), batch.masks is None
+    if shape not in self.shapes: self.shapes[shape] = _both(self, batch, keys)
+    o = self.shapes[shape]
+    fill(o.batch, batch)
+    o.keys.copy_(keys)
+    o.forward()
+    self.total.copy_(total(o.counts))
+    o.backward()
+    if distributed.is_initialized(): distributed.all_reduce(self.flat)
+    for p, grad in zip(self.params, self.grads): p.grad = grad
+    return dict(zip(o.names, o.losses.clone()))

@@ -142,7 +142,8 @@ def train_step(
     "Forward, backward and update for one global batch."
     keys = [image_keys(seed, step, o.image_ids) for o in batches]
     total = _counter(model, batches, keys, accelerator)
-    losses = recorded(*batches, *keys, total) if recorded else _launched(model, batches, keys, total, accelerator)
+    if recorded: losses = recorded(*batches, *keys, total)
+    else: losses = _launched(model, batches, keys, total, accelerator)
     optimizer.step()
     optimizer.zero_grad()
     return losses
@@ -204,7 +205,7 @@ def _for_gpu(model):
     return model.to(memory_format=torch.channels_last)
 
 def _recorded(run):
-    "What replays the run's steps: on a GPU, of shares in one part, unless the recipe forbids it; None elsewhere."
+    "What replays the run's steps: on a GPU, shares in one part, unless the recipe forbids it; or None."
     on_gpu = run.accelerator.device.type == 'cuda'
     return Recorded(run.detector, run.precision) if on_gpu and run.parts == 1 and run.recipe.graphs else None
 
@@ -407,7 +408,8 @@ def _step(run, parts, report):
     for group in run.optimizer.param_groups: group['lr'] = lr
     skipped = [i for o in parts if o.skipped is not None for i in o.skipped.tolist()]
     parts = _send(parts, device)
-    losses = train_step(run.model, run.optimizer, parts, run.accelerator, run.step, run.recipe.seed, run.recorded)
+    model, optimizer, a = run.model, run.optimizer, run.accelerator
+    losses = train_step(model, optimizer, parts, a, run.step, run.recipe.seed, run.recorded)
     keep_memory()
     report.add(losses, torch.cat([o.image_ids for o in parts]), skipped)
     run.step += 1
