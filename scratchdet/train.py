@@ -62,6 +62,7 @@ from .check import load_both, suspicious
 from .transforms import read_image
 from .loader import _check_masks, eval_loader, train_loader
 from .matcher import image_keys
+from .roi_triton import use_triton
 from .detector import Detector, faster_rcnn, mask_rcnn, scale_detections
 from .init import init_detector
 from .weights import save_model, write_file
@@ -205,9 +206,9 @@ def _for_gpu(model):
     return model.to(memory_format=torch.channels_last)
 
 def _recorded(run):
-    "What replays the run's steps: on a GPU, shares in one part, unless the recipe forbids it; or None."
-    on_gpu = run.accelerator.device.type == 'cuda'
-    return Recorded(run.detector, run.precision) if on_gpu and run.parts == 1 and run.recipe.graphs else None
+    "What replays steps: on a GPU with kernels, shares in one part, unless the recipe forbids it; or None."
+    able = run.accelerator.device.type == 'cuda' and use_triton()
+    return Recorded(run.detector, run.precision) if able and run.parts == 1 and run.recipe.graphs else None
 
 # %% ../nbs/64_train.ipynb #047f4491
 class Run:

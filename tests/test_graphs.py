@@ -1,5 +1,6 @@
 "Recorded steps: the same losses and gradients as launched ones, bit for bit on a CPU, where a recording calls the function again."
 from dataclasses import replace
+from types import SimpleNamespace as Some
 
 import pytest
 import torch
@@ -124,7 +125,6 @@ def sum_of(batch, processes):
     if processes > 1: batch = batch._each(lambda o: o.chunk(processes)[accelerator.process_index])
     model = small(fixed_mask_rois=8).double()
     way = Recorded(model)
-    model.rpn.double()
     out = way(batch, image_keys(0, 0, batch.image_ids), lambda counts: accelerator.reduce(counts, 'sum'))
     return {k: accelerator.reduce(v, 'sum').item() for k, v in out.items()}, [p.grad.numpy() for p in model.parameters()]
 
@@ -142,8 +142,7 @@ def test_two_processes_are_one():
 def recorded_run(coco, out, recipe):
     "A run that is recorded though it has no GPU."
     module._recorded = lambda run: Recorded(run.detector, run.precision)
-    results = train(recipe, coco, out, cpu=True, progress=False)
-    return results
+    return train(recipe, coco, out, cpu=True, progress=False)
 
 
 @pytest.mark.parametrize('processes', [1, 2])
@@ -158,11 +157,12 @@ def test_a_recorded_run_is_the_run(toy, tmp_path, processes):  # noqa: F811
     else: assert all(y == pytest.approx(x, rel=1e-3) for x, y in zip(a[:2], b))
 
 
-@pytest.mark.parametrize('kind, parts, wanted, made', [('cuda', 1, True, True), ('cuda', 1, False, False), ('cuda', 2, True, False),
-                                                       ('cpu', 1, True, False), ('mps', 1, True, False)])
-def test_who_is_recorded(monkeypatch, kind, parts, wanted, made):
-    from types import SimpleNamespace as Some
+@pytest.mark.parametrize('kind, triton, parts, wanted, made', [
+    ('cuda', True, 1, True, True), ('cuda', True, 1, False, False), ('cuda', True, 2, True, False), ('cuda', False, 1, True, False),
+    ('cpu', True, 1, True, False), ('mps', True, 1, True, False)])
+def test_who_is_recorded(monkeypatch, kind, triton, parts, wanted, made):
     monkeypatch.setattr(module, 'Recorded', lambda detector, precision: (detector, precision))
+    monkeypatch.setattr(module, 'use_triton', lambda: triton)
     run = Some(accelerator=Some(device=torch.device(kind)), parts=parts, recipe=Some(graphs=wanted), detector='detector', precision='bf16')
     assert module._recorded(run) == (('detector', 'bf16') if made else None)
 
