@@ -62,7 +62,6 @@ from .check import load_both, suspicious
 from .transforms import read_image
 from .loader import _check_masks, eval_loader, train_loader
 from .matcher import image_keys
-from .roi_triton import use_triton
 from .detector import Detector, faster_rcnn, mask_rcnn, scale_detections
 from .init import init_detector
 from .weights import save_model, write_file
@@ -76,7 +75,7 @@ from .schedule import check_lr, epoch_steps, split_batch
 from .optim import check_trainable, keep_memory, sgd, usable_precision
 from .recipes import detector_arguments, recipe_differences, recipe_schedule
 from .evaluate import detect
-from .graphs import Recorded
+from .graphs import Recorded, can_record
 
 # %% ../nbs/64_train.ipynb #f36dd3dc
 def build_detector(
@@ -206,9 +205,9 @@ def _for_gpu(model):
     return model.to(memory_format=torch.channels_last)
 
 def _recorded(run):
-    "What replays steps: on a GPU with kernels, shares in one part, unless the recipe forbids it; or None."
-    able = run.accelerator.device.type == 'cuda' and use_triton()
-    return Recorded(run.detector, run.precision) if able and run.parts == 1 and run.recipe.graphs else None
+    "What replays steps of shares in one part, if they can be recorded and the recipe lets it; or None."
+    wanted = run.recipe.graphs and run.parts == 1 and can_record(run.accelerator.device)
+    return Recorded(run.detector, run.precision) if wanted else None
 
 # %% ../nbs/64_train.ipynb #047f4491
 class Run:

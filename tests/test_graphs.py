@@ -11,6 +11,7 @@ from runs import losses, tiny, toy  # noqa: F401  (a fixture)
 from test_detector import LOSSES, batch_of, small, without_objects
 
 import scratchdet.train as module
+from scratchdet import graphs
 from scratchdet.detector import faster_rcnn, mask_rcnn
 from scratchdet.graphs import Recorded, recorder
 from scratchdet.loader import Batch
@@ -162,7 +163,7 @@ def test_a_recorded_run_is_the_run(toy, tmp_path, processes):  # noqa: F811
     ('cpu', True, 1, True, False), ('mps', True, 1, True, False)])
 def test_who_is_recorded(monkeypatch, kind, triton, parts, wanted, made):
     monkeypatch.setattr(module, 'Recorded', lambda detector, precision: (detector, precision))
-    monkeypatch.setattr(module, 'use_triton', lambda: triton)
+    monkeypatch.setattr(graphs, 'use_triton', lambda: triton)
     run = Some(accelerator=Some(device=torch.device(kind)), parts=parts, recipe=Some(graphs=wanted), detector='detector', precision='bf16')
     assert module._recorded(run) == (('detector', 'bf16') if made else None)
 
@@ -196,7 +197,7 @@ def test_on_a_gpu_a_replay_can_be_repeated():
 
 @gpu
 def test_on_a_gpu_a_run_is_recorded(toy, tmp_path):  # noqa: F811
-    for name, graphs in dict(on=True, off=False).items(): train(replace(tiny, epochs=1, graphs=graphs), toy, tmp_path/name, progress=False)
+    for name, on in dict(on=True, off=False).items(): train(replace(tiny, epochs=1, graphs=on), toy, tmp_path/name, progress=False)
     a, b = losses(tmp_path/'off'), losses(tmp_path/'on')
     assert len(a) == len(b) == 4
     assert a[0] == pytest.approx(b[0], rel=1e-3) and all(x['loss'] == pytest.approx(y['loss'], rel=.05) for x, y in zip(a, b))
