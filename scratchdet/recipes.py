@@ -74,6 +74,7 @@ class RunSettings:
     keep:int=3 # checkpoints that are kept
     report_every:int=50 # steps between lines of the log
     hang_timeout:int=900 # seconds without progress after which a run ends
+    graphs:bool=True # on a GPU, record the training step as CUDA graphs
 
 # %% ../nbs/62_recipes.ipynb #75567e51
 _at_least = {
@@ -200,8 +201,8 @@ def load_recipe(
     try: values = json.loads(Path(path).read_text())
     except ValueError as e: raise ValueError(f'{path}: not a recipe, because it is not json ({e})') from None
     if not isinstance(values, dict): raise ValueError(f'{path}: not a recipe, because it holds no names')
-    types = {o.name: o.type for o in fields(Recipe)}
-    if odd := sorted(types.keys() ^ values.keys()):
+    types, free = {o.name: o.type for o in fields(Recipe)}, {o.name for o in fields(RunSettings)}
+    if odd := sorted((types.keys() - free - values.keys()) | (values.keys() - types.keys())):
         raise ValueError(f'{path}: written by another version; it differs from this one in {", ".join(odd)}')
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for k, v in values.items():

@@ -75,6 +75,7 @@ from .schedule import check_lr, epoch_steps, split_batch
 from .optim import check_trainable, keep_memory, sgd, usable_precision
 from .recipes import detector_arguments, recipe_differences, recipe_schedule
 from .evaluate import detect
+from .graphs import Recorded, can_record
 
 # %% ../nbs/64_train.ipynb #f36dd3dc
 def build_detector(
@@ -118,6 +119,16 @@ def _counter(model, batches, keys, accelerator):
     total = over_processes(torch.stack(seen).sum(0))
     return lambda counts: total
 
+def _launched(model, batches, keys, total, accelerator):
+    "Losses of all parts together, and their gradients in the weights."
+    losses = {}
+    for i, (batch, key) in enumerate(zip(batches, keys), 1):
+        with nullcontext() if i == len(batches) else accelerator.no_sync(model):
+            out = model(batch, key, total)
+            accelerator.backward(sum(out.values()) * accelerator.num_processes)
+        losses = {k: v.detach() + losses.get(k, 0) for k, v in out.items()}
+    return losses
+
 # %% ../nbs/64_train.ipynb #ef358a27
 def train_step(
     model:nn.Module, # `Detector`, prepared by Accelerate
@@ -126,15 +137,13 @@ def train_step(
     accelerator:Accelerator, # which sums over processes
     step:int, # steps done before
     seed:int=0, # of the samplers
+    recorded:Recorded=None, # of the model; it takes a share in one part
 )->dict: # (): each loss's share of this process; the sum over processes is the global batch's loss
     "Forward, backward and update for one global batch."
-    keys, losses = [image_keys(seed, step, o.image_ids) for o in batches], {}
+    keys = [image_keys(seed, step, o.image_ids) for o in batches]
     total = _counter(model, batches, keys, accelerator)
-    for i, (batch, key) in enumerate(zip(batches, keys), 1):
-        with nullcontext() if i == len(batches) else accelerator.no_sync(model):
-            out = model(batch, key, total)
-            accelerator.backward(sum(out.values()) * accelerator.num_processes)
-        losses = {k: v.detach() + losses.get(k, 0) for k, v in out.items()}
+    if recorded: losses = recorded(*batches, *keys, total)
+    else: losses = _launched(model, batches, keys, total, accelerator)
     optimizer.step()
     optimizer.zero_grad()
     return losses
@@ -195,6 +204,11 @@ def _for_gpu(model):
     torch.backends.cudnn.benchmark = True
     return model.to(memory_format=torch.channels_last)
 
+def _recorded(run):
+    "What replays steps of shares in one part, if they can be recorded and the recipe lets it; or None."
+    wanted = run.recipe.graphs and run.parts == 1 and can_record(run.accelerator.device)
+    return Recorded(run.detector, run.precision) if wanted else None
+
 # %% ../nbs/64_train.ipynb #047f4491
 class Run:
     "All objects of a run, as new or as the newest checkpoint left them."
@@ -224,7 +238,7 @@ class Run:
         names, ids = list(self.images.names), self.images.category_ids.tolist()
         self.meta = dict(category_ids=ids, category_names=names, short_side=recipe.short_sides[-1],
                          long_side=recipe.long_side)
-        self.step, self.taken = _resume(self), ({}, {})
+        self.step, self.taken, self.recorded = _resume(self), ({}, {}), _recorded(self)
 
 # %% ../nbs/64_train.ipynb #e6769d0f
 def _about(run):
@@ -394,7 +408,8 @@ def _step(run, parts, report):
     for group in run.optimizer.param_groups: group['lr'] = lr
     skipped = [i for o in parts if o.skipped is not None for i in o.skipped.tolist()]
     parts = _send(parts, device)
-    losses = train_step(run.model, run.optimizer, parts, run.accelerator, run.step, run.recipe.seed)
+    model, optimizer, a = run.model, run.optimizer, run.accelerator
+    losses = train_step(model, optimizer, parts, a, run.step, run.recipe.seed, run.recorded)
     keep_memory()
     report.add(losses, torch.cat([o.image_ids for o in parts]), skipped)
     run.step += 1

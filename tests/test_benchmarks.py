@@ -130,6 +130,11 @@ def test_the_overfitted_folder_has_its_training_images_twice(tmp_path):
     assert (made/'val2017').resolve() == (made/'train2017').resolve() == tmp_path/'coco/train2017'
 
 
+def test_the_gpu_script_times_both_kinds_of_steps(tmp_path):
+    row = gpu_script(tmp_path/'gpu.json', '--only', 'speed')['speed']['1']
+    assert min(o[k] for o in (row, row['eager']) for k in ('images_per_second', 'ms_per_image')) > 0
+
+
 @pytest.mark.long
 def test_the_gpu_script_runs_everything(tmp_path):
     from gpu import every

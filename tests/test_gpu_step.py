@@ -8,6 +8,7 @@ import pytest
 import torch
 from scratchdet import train
 from scratchdet.detector import faster_rcnn, mask_rcnn
+from scratchdet.graphs import Recorded
 from scratchdet.loader import Batch
 from scratchdet.log import Report, write_line
 from scratchdet.matcher import image_keys
@@ -66,14 +67,15 @@ def test_the_mask_head_sees_all_slots_that_may_hold_a_positive():
     assert len(rois) == 2 * 32 // 4 and out.shape == (16, 28, 28)
 
 
-def test_a_whole_step_asks_nothing_until_a_line_is_written(tmp_path):
+@pytest.mark.parametrize('recorded', [False, True])
+def test_a_whole_step_asks_nothing_until_a_line_is_written(tmp_path, recorded):
     "Forward, losses, backward, update and report of two steps; a CPU differentiates as a GPU does."
     accelerator = SimpleNamespace(reduce=lambda o, how: o, backward=lambda o: o.backward(), num_processes=1, is_main_process=True,
                                   unwrap_model=lambda o: o, device=torch.device('cpu'), mixed_precision='no')
     with fakes(small(fixed_mask_rois=8), 'cpu') as (model, batch):
         batch = Batch(**vars(batch))
         run = SimpleNamespace(schedule=lambda step: .1, step=0, model=model, optimizer=sgd(model, .1), accelerator=accelerator,
-                              recipe=SimpleNamespace(seed=0))
+                              recipe=SimpleNamespace(seed=0), recorded=Recorded(model) if recorded else None)
         report = Report(tmp_path/'log.jsonl', accelerator, 2, progress=False)
         with Watched() as watched:
             for _ in range(2): _step(run, [batch], report)

@@ -77,7 +77,7 @@ def test_wrong_settings_are_refused(text, words):
 def test_what_is_learned_may_not_change_and_how_it_is_run_may():
     recipe, free = recipes['demo'], {o.name for o in fields(RunSettings)}
     assert free == {'images_per_process', 'workers', 'eval_every', 'checkpoint_every', 'keep', 'report_every',
-                    'hang_timeout'}
+                    'hang_timeout', 'graphs'}
     assert recipe_differences(recipe, replace(recipe, workers=9, images_per_process=1)) == []
     assert recipe_differences(recipe, replace(recipe, seed=1, flip=0.)) == ['flip: 0.5 -> 0.0', 'seed: 0 -> 1']
 
