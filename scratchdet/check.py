@@ -7,7 +7,7 @@ __all__ = ['parse_args', 'boxes_outside', 'suspicious', 'count_split', 'bad_imag
 
 # %% ../nbs/13_check.ipynb #8ab32473
 import argparse
-from .command import Parser, one_line, start
+from .command import Parser, counted, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -129,7 +129,7 @@ def main(
     if not args.quiet: print(_table(counts), *told, sep='\n', flush=True)
     bad = [o for index in both.values() for o in bad_images(index, not args.quiet)]
     if bad: raise SystemExit('\n'.join(f'scratchdet.check: {o}' for o in bad))
-    above = f'; {len(told)} warning{"s" * (len(told) > 1)} above' if told else ''
+    above = f'; {counted(len(told), "warning")} above' if told else ''
     if not args.quiet: print('every image can be read' + above)
     return counts
 
