@@ -257,6 +257,13 @@ def _eval_loader(run, index, all_images=False):
     return eval_loader(index, short=meta['short_side'], long=meta['long_side'], buckets=recipe.buckets,
                        workers=recipe.workers, **share)
 
+# %% ../nbs/64_train.ipynb #c874d910
+def _warnings(run):
+    "What is suspicious about the boxes, and how to see more."
+    odd = [f'warning: {o}' for index in (run.images, run.val) for o in suspicious(index)]
+    more = f'python -m scratchdet.check --coco {run.images.json_path.parents[1]} says more'
+    return odd + [more] * bool(odd)
+
 # %% ../nbs/64_train.ipynb #8a1780f9
 def _results(run):
     "COCO's numbers after this step, the same in every process; None where there are none so far."
@@ -420,7 +427,7 @@ def train(
     data, last, asked = _stream(run), run.schedule.steps, 0
     signals, tracked, watched, worker = _around(run, track, progress)
     report = Report(run.out/'log.jsonl', run.accelerator, last, run.step, progress)
-    for o in (_about(run), *suspicious(run.images)): report.say(o)
+    for o in (_about(run), *_warnings(run)): report.say(o)
     with report, signals as stop, tracked as trackers, watched as watch, worker as behind:
         while not asked:
             if _due(run): _evaluate(run, report, watch, behind, trackers.send); report.restart()
