@@ -189,7 +189,10 @@ def read_meta(
 )->tuple: # arguments of the model, meta
     "What a file says about its model, without reading the weights."
     if not Path(path).is_file():
-        raise FileNotFoundError(f'{path} does not exist, or is a folder: give the model.safetensors of a run')
+        there = ', '.join(sorted(o.name for o in Path(path).parent.glob('*.safetensors')))
+        beside = f'; beside it: {there}' if there else ''
+        raise FileNotFoundError(f'{path} does not exist, or is a folder: give the model.safetensors '
+                                f'of a run{beside}')
     try:
         with safe_open(path, 'pt') as f: about = f.metadata() or {}
     except SafetensorError as e:
