@@ -7,7 +7,7 @@ __all__ = ['parse_args', 'boxes_outside', 'suspicious', 'count_split', 'bad_imag
 
 # %% ../nbs/13_check.ipynb #8ab32473
 import argparse
-from .command import Parser, one_line, start
+from .command import Parser, counted, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -57,14 +57,17 @@ def suspicious(
 )->list: # of str, a line each; empty where all is as it should be
     "What is suspicious about the boxes."
     outside, left, found = boxes_outside(index), np.flatnonzero(_left_out(index)), []
-    if outside.sum() > .1 * len(outside):
-        why = ('COCO writes x, y, width, height, not two corners' if _were_corners(index) else
+    ids = index.arrays['annotation_ids']
+    if outside.any():
+        why = ('training clips at the edge' if outside.mean() <= .1 else
+               'COCO writes x, y, width, height, not two corners' if _were_corners(index) else
                'do they belong to other images, or to images of another size?')
-        found.append(f'{index.json_path}: {outside.sum()} of {len(outside)} boxes leave their image: {why}')
+        found.append(f'{index.json_path}: boxes that leave their image: {outside.sum()} of {len(outside)}, '
+                     f'first that of annotation {ids[outside.argmax()]}; {why}')
     if len(left):
-        first = index.arrays['annotation_ids'][left[0]]
-        found.append(f'{index.json_path}: {len(left)} of {len(outside)} annotations teach nothing, first '
-                     f'{first}: no area, thinner than a pixel, beside the image, or an outline of no shape')
+        found.append(f'{index.json_path}: annotations that teach nothing: {len(left)} of {len(outside)}, '
+                     f'first {ids[left[0]]}; no area, thinner than a pixel, beside the image, or an outline '
+                     'of no shape')
     return found
 
 # %% ../nbs/13_check.ipynb #fc62cd87
@@ -129,7 +132,7 @@ def main(
     if not args.quiet: print(_table(counts), *told, sep='\n', flush=True)
     bad = [o for index in both.values() for o in bad_images(index, not args.quiet)]
     if bad: raise SystemExit('\n'.join(f'scratchdet.check: {o}' for o in bad))
-    above = f'; {len(told)} warning{"s" * (len(told) > 1)} above' if told else ''
+    above = f'; {counted(len(told), "warning")} above' if told else ''
     if not args.quiet: print('every image can be read' + above)
     return counts
 

@@ -8,7 +8,7 @@ __all__ = ['NAMES', 'TABLE', 'parse_args', 'rename', 'from_mmdet', 'to_mmdet', '
 
 # %% ../nbs/70_checkpoints.ipynb #8b6afb2e
 import argparse
-from .command import Parser, one_line, start
+from .command import Parser, counted, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -111,8 +111,8 @@ def _translate(state, source, target):
     "`state` under other names; an error names what the table does not know."
     out = {rename(k, source, target): v for k, v in state.items()}
     unknown = [k for k in state if rename(k, source, target) is None]
-    if unknown: raise ValueError(f'{len(unknown)} names are not those of a {source} Faster or Mask R-CNN '
-                                 f'with GroupNorm: {", ".join(unknown[:4])}')
+    if unknown: raise ValueError(f'{counted(len(unknown), "name is none", "names are none")} of a {source} '
+                                 f'Faster or Mask R-CNN with GroupNorm: {", ".join(unknown[:4])}')
     return out
 
 # %% ../nbs/70_checkpoints.ipynb #7777df68

@@ -267,7 +267,7 @@ def _check_trained(index):
     "Something must be left to learn: boxes from 0 to 1 in place of px, for example, leave nothing."
     status = index.arrays['status']
     if (status == trained).any(): return
-    odd = f'{(status == ignored).sum()} are crowds or have no shape, {(status == skipped).sum()} are skipped'
+    odd = f'crowds or without shape {(status == ignored).sum()}, skipped {(status == skipped).sum()}'
     raise _wrong(index.json_path, f'has no object to train on: {odd} (area 0, outside, under a pixel)',
                  'are the boxes [x, y, width, height] in px?')
 

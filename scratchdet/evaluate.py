@@ -7,7 +7,7 @@ __all__ = ['parse_args', 'detections_to_coco', 'detect', 'evaluate', 'check_cate
 
 # %% ../nbs/63_evaluate.ipynb #3616993e
 import argparse
-from .command import Parser, make_folder, start
+from .command import Parser, counted, make_folder, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -161,9 +161,10 @@ def check_categories(
         known = list(model.meta.get(key, there))
         if known != there: odd += list(map(str, sorted(set(known) ^ set(there))))[:5] or ['order']
     if odd:
+        knows = counted(model.num_classes, 'category', 'categories')
         raise ValueError(
-            f'{path} knows {model.num_classes} categories, {index.json_path} has {len(index.names)}; they '
-            f'differ in {", ".join(odd)}: give annotations with the categories of the training')
+            f'{path} knows {knows}, {index.json_path} has {len(index.names)}; they differ in '
+            f'{", ".join(odd)}: give annotations with the categories of the training')
 
 # %% ../nbs/63_evaluate.ipynb #7b14a0c9
 def eval_scale(

@@ -7,7 +7,7 @@ __all__ = ['parse_args', 'FixedDetector', 'plain_nms', 'export_detector', 'save_
 
 # %% ../nbs/73_export.ipynb #31028f54
 import argparse
-from .command import Parser, one_line, start
+from .command import Parser, counted, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -143,7 +143,7 @@ def main(
         short, long = eval_scale(model.meta)
         size = args.size or bucket_shape(short, long, bucket_edges(short, long))
         file = save_export(out, export_detector(model, *size, args.images), model.meta)
-    if not args.quiet: print(f'{file}: {args.images} images of {size[0]} x {size[1]} px at once')
+    if not args.quiet: print(f'{file}: {counted(args.images, "image")} of {size[0]} x {size[1]} px at once')
     return file
 
 # %% ../nbs/73_export.ipynb #ec0314df

@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError
+from .command import counted
 from .detector import Detector
 from .weights import describe, load_model, save_model
 
@@ -62,7 +63,8 @@ def _measured(test):
     if not test: return 'Nothing was measured for this card.'
     rows = [f"| {word} | {' | '.join(_percent(test[k][n]) for n in ('AP', 'AP50', 'AP75'))} |"
             for k, word in dict(bbox='boxes', segm='masks').items() if k in test]
-    where = f"On the {test['images']} validation images of the run, after step {test['step']}, its last:"
+    images = counted(test['images'], 'validation image')
+    where = f"On the {images} of the run, after step {test['step']}, its last:"
     return '\n'.join([where, '', '| % | AP | AP50 | AP75 |', '|---|---|---|---|', *rows])
 
 def _known(model):
@@ -93,8 +95,9 @@ def model_card(
     fields = ModelCardData(license=license, library_name='scratchdet', pipeline_tag=task,
                            tags=['object-detection'])
     size = dict(short=model.meta.get('short_side', 800), long=model.meta.get('long_side', 1333))
+    kinds = counted(model.num_classes, 'category', 'categories')
     training = f'```json\n{json.dumps(recipe, indent=1)}\n```' if recipe else 'Not said.'
-    parts = {'Use': _usage.format(name=name, **size), f'{model.num_classes} categories': _known(model),
+    parts = {'Use': _usage.format(name=name, **size), kinds: _known(model),
              'Measured': _measured(test), 'Training': training, 'License': license or 'Not said.'}
     about = ('Weights and all that builds the model are in `model.safetensors`; no code in it is run. '
              '[scratchdet](https://github.com/scratchdet/scratchdet) reads it.')

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from .command import counted
 from .coco import CocoIndex
 from .records import trained
 from .masks import network_masks, pack_masks
@@ -112,8 +113,8 @@ def _write_objects(batch, i, sample):
     if batch.masks is None: return
     masks = pack_masks(sample.masks) if sample.masks.dtype == torch.bool else sample.masks
     if masks.shape != (m, h, -(-w // 8)):
-        raise ValueError(f'masks {tuple(sample.masks.shape)} do not fit {m} objects of a {h}x{w} image: '
-                         f'give bool ({m}, {h}, {w}) or the result of pack_masks')
+        raise ValueError(f'masks {tuple(sample.masks.shape)} do not fit {counted(m, "object")} '
+                         f'of a {h}x{w} image: give bool ({m}, {h}, {w}) or the result of pack_masks')
     batch.masks[i, :m, :h, :masks.shape[-1]] = masks
 
 # %% ../nbs/12_loader.ipynb #92c716c0
@@ -254,7 +255,7 @@ class Batches(Dataset):
             except (ValueError, OSError) as e:
                 if not self.skip: raise
                 error = skipped.setdefault(int(self.index.image_ids[i]), e)
-        raise ValueError(f'none of the {len(part.images)} images of a batch can be read; the last: {error}')
+        raise ValueError(f'no image of a batch of {len(part.images)} can be read; the last: {error}')
 
     def __getitem__(self, k):
         part, skipped = self.parts[k], {}
@@ -277,7 +278,8 @@ def _check_masks(index):
     a = index.arrays
     lacks = (a['status'] == trained) & (np.diff(a['ring_first']) == 0) & (np.diff(a['rle_first']) == 0)
     for row in np.flatnonzero(lacks)[:1]:
-        what = f'annotation {a["annotation_ids"][row]} has no segmentation ({lacks.sum()} such annotations)'
+        such = counted(lacks.sum(), 'such annotation')
+        what = f'annotation {a["annotation_ids"][row]} has no segmentation ({such})'
         raise ValueError(f'{index.json_path}: {what}: add them, or train without masks (--set masks=false)')
 
 # %% ../nbs/12_loader.ipynb #ad05c72f
@@ -323,8 +325,9 @@ def train_loader(
 )->DataLoader: # of `Batch`, `accumulation` of them for each global batch
     "The batches of one epoch for one process."
     if batch_size % (processes * accumulation):
-        raise ValueError(f'a batch of {batch_size} images does not divide among {processes} processes with '
-                         f'{accumulation} parts each: choose a multiple of {processes * accumulation}')
+        among, parts = counted(processes, 'process', 'processes'), counted(accumulation, 'part')
+        raise ValueError(f'a batch of {counted(batch_size, "image")} does not divide among {among} with '
+                         f'{parts} each: choose a multiple of {processes * accumulation}')
     if not len(index): raise ValueError(f'{index.json_path} has no image to train on: add annotations')
     if masks: _check_masks(index)
     plan = plan_epoch(index.sizes, batch_size, seed, epoch, short_sides, long_side, flip=flip,

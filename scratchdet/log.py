@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
+from .command import counted
 
 # %% ../nbs/55_log.ipynb #3ab0e97d
 def read_log(
@@ -126,7 +127,10 @@ def write_line(
     images = sum(len(o) for o in report.ids) * accelerator.num_processes / seconds
     line = dict(step=step, epoch=round(epoch, 4), lr=lr, loss=sum(means.values()), **means,
                 images_per_second=round(images, 3), memory_gb=round(_memory(accelerator.device), 3))
-    if skipped := sorted(set(gather_object(report.skipped))): line['skipped'] = skipped
+    if skipped := sorted(set(gather_object(report.skipped))):
+        line['skipped'] = skipped
+        what = counted(len(skipped), 'image cannot be read and is', 'images cannot be read and are')
+        report.say(f'step {step}: {what} skipped, such as id {skipped[0]}; scratchdet.check names the files')
     if accelerator.is_main_process:
         with report.file.open('a') as f: f.write(json.dumps(line) + '\n')
     shown = f'loss {line["loss"]:.3f}, lr {lr:.2g}, {images:.1f} images/s'

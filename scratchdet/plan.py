@@ -8,7 +8,7 @@ __all__ = ['normalizers', 'parse_args', 'run_length', 'run_hours', 'checkpoint_b
 
 # %% ../nbs/66_plan.ipynb #dc6a088c
 import argparse
-from .command import Parser, one_line, start
+from .command import Parser, counted, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -178,15 +178,17 @@ def plan(
 
 # %% ../nbs/66_plan.ipynb #7c181e9f
 def _run_rows(recipe, c, source, val):
-    yield 'epoch', f"{c['images']:,} images{source}: {c['epoch_steps']:,} steps of {recipe.batch_size} images"
-    yield 'run', f"{c['steps']:,} steps, {c['epochs']:.2f} epochs, {c['images_seen']:,} images seen"
-    yield 'lr', f"{c['lr']:g} after {c['warmup']:,} steps of warm-up"
+    images, batch = (counted(o, 'image') for o in (c['images'], recipe.batch_size))
+    steps, total, warmup = (counted(c[o], 'step') for o in ('epoch_steps', 'steps', 'warmup'))
+    yield 'epoch', f'{images}{source}: {steps} of {batch}'
+    yield 'run', f"{total}, {c['epochs']:.2f} epochs, {counted(c['images_seen'], 'image')} seen"
+    yield 'lr', f"{c['lr']:g} after {warmup} of warm-up"
     for o in c['drops']: yield '', f"{o['lr']:g} from step {o['step']:,}, epoch {o['epoch']:.2f}"
-    split = f"{c['processes']} processes x {c['images_per_process']} at once x {c['parts']} in turn"
-    yield 'batch', f'{recipe.batch_size} images = {split}'
+    shares = counted(c['processes'], 'process', 'processes')
+    yield 'batch', f"{batch} = {shares} x {c['images_per_process']} at once x {c['parts']} in turn"
     yield 'time', f"{c['hours']:,.2f} h at {c['rate']:g} images a second in each process"
     yield '', f"{c['gpu_hours']:,.2f} GPU-hours"
-    yield '', f"not counted: evaluation, {c['evaluations']} times {val}"
+    yield '', f"not counted: evaluation, {counted(c['evaluations'], 'time')} {val}"
 
 def _cost_rows(recipe, c):
     disk, m, n = {k: v / 1e6 for k, v in c['disk'].items()}, c['memory'], c['images_per_process']
@@ -211,7 +213,7 @@ def report(
 )->str: # lines of text
     "A plan as a table."
     rows = [*_run_rows(recipe, cost, source, val), *_cost_rows(recipe, cost)]
-    title = f"{recipe.name} on {cost['processes']} processes"
+    title = f"{recipe.name} on {counted(cost['processes'], 'process', 'processes')}"
     return '\n'.join([title, '', *(f'{k:<12}{v}' for k, v in rows)])
 
 # %% ../nbs/66_plan.ipynb #a9d7e8b7
@@ -235,7 +237,7 @@ def main(
         check_lr(recipe.lr, recipe.batch_size, recipe.allow_lr_mismatch)
         images, classes, val, source = _data(args)
         cost = plan(recipe, images, args.processes, args.images_per_second, classes)
-    if not args.quiet: print(report(recipe, cost, source, f'{val:,} images'))
+    if not args.quiet: print(report(recipe, cost, source, counted(val, 'image')))
     return cost
 
 # %% ../nbs/66_plan.ipynb #1ac85364

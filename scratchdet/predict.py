@@ -8,7 +8,7 @@ __all__ = ['suffixes', 'parse_args', 'find_images', 'predict', 'save_picture', '
 
 # %% ../nbs/65_predict.ipynb #afeae87d
 import argparse
-from .command import Parser, make_folder, one_line, start
+from .command import Parser, counted, make_folder, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -238,9 +238,9 @@ def main(
         if not args.quiet and (other := _passed_over(args.images)):
             print(f'passed over: {other}; images are {", ".join(suffixes)}')
         paths, found, bad = _predict_all(args, model, scale)
-    many = f'{len(paths)} picture{"s" * (len(paths) != 1)}'
+    seen = f'{counted(len(paths), "picture")} with {counted(found, "detection")}'
     less = '' if found else f'; nothing scores {args.score:g} or more: --score takes less'
-    if paths and not args.quiet: print(f'{many} with {found} detections in {args.out}{less}')
+    if paths and not args.quiet: print(f'{seen} in {args.out}{less}')
     if bad: raise SystemExit('\n'.join(f'scratchdet.predict: {o}' for o in bad))
     return paths
 

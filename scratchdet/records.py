@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from .command import counted
 from .masks import longest, to_rle
 
 trained, ignored, skipped = 0, 1, 2  # status of an annotation
@@ -68,7 +69,8 @@ def _rows_of(path, anns, key, ids, kind):
     lost = np.flatnonzero(ids[rows] != wanted)
     if len(lost):
         what = f'annotation {anns[lost[0]]["id"]} has {key} {wanted[lost[0]]}, which is not in `{kind}`'
-        raise _wrong(path, f'{what} ({len(lost)} such annotations)', f'complete `{kind}` or remove them')
+        such = counted(len(lost), 'such annotation')
+        raise _wrong(path, f'{what} ({such})', f'complete `{kind}` or remove them')
     return rows
 
 # %% ../nbs/09_records.ipynb #2bc464fd
@@ -193,7 +195,8 @@ def _boxes(path, anns, ids):
     "Boxes (T, 4) as COCO writes them (x, y, width, height), and areas (T,), both float64."
     xywh, lengths = _numbers(path, ids, 'bbox', _column(path, anns, 'annotations', 'bbox', {list}))
     for i in np.flatnonzero(lengths != 4)[:1]:
-        raise _wrong(path, f'annotation {ids[i]} has a `bbox` of {lengths[i]} numbers, not [x, y, w, h]')
+        what = f'annotation {ids[i]} has a `bbox` of {counted(lengths[i], "number")}'
+        raise _wrong(path, f'{what}, not [x, y, w, h]')
     areas = _column(path, anns, 'annotations', 'area', {int, float}, within=(-longest**2, longest**2))
     return xywh.reshape(-1, 4), np.array(areas, np.float64)
 

@@ -9,7 +9,7 @@ __all__ = ['parse_args', 'RunFolder', 'read_run', 'summary', 'read_runs', 'diffe
 
 # %% ../nbs/67_report.ipynb #55aa9c87
 import argparse
-from .command import Parser, make_folder, one_line, start
+from .command import Parser, counted, make_folder, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -355,8 +355,9 @@ def recall_curves(
 def _errors(run, seen, index, truth, most):
     objects = [o for o in truth['annotations'] if not o['iscrowd']]
     false, missed = (len(seen[k]) for k in ('false', 'missed'))
-    count = f'{len(objects):,} objects, {missed:,} missed; {false:,} false positives of any score'
-    return (f'<h2>Errors of {html.escape(run.name)}</h2><p>{count}. IoU 0.5; orange: found, blue: truth.</p>'
+    count = f'{counted(len(objects), "object")}, {missed:,} missed; {counted(false, "false positive")}'
+    return (f'<h2>Errors of {html.escape(run.name)}</h2>'
+            f'<p>{count} of any score. IoU 0.5; orange: found, blue: truth.</p>'
             '<h3>False positives of the highest scores</h3>' +
             gallery(seen['false'], objects, index, most=most) +
             '<h3>Missed objects of the largest area</h3>' +

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from .command import counted
 from .weights import describe, sync
 
 # %% ../nbs/54_resume.ipynb #179364fa
@@ -163,8 +164,8 @@ def _tensors(file, ours, some=False):
     read = load_file(file)
     found, wanted = ({k: (v.shape, v.dtype) for k, v in o.items()} for o in (read, ours))
     if wrong := [k for k in {**found, **({} if some else wanted)} if found.get(k) != wanted.get(k)]:
-        raise ValueError(f'{file}: of another model; {len(wrong)} tensors differ, such as {wrong[0]}. '
-                         'Use another run folder')
+        what = counted(len(wrong), 'tensor differs', 'tensors differ')
+        raise ValueError(f'{file}: of another model; {what}, such as {wrong[0]}. Use another run folder')
     return read
 
 # %% ../nbs/54_resume.ipynb #e7e4a198

@@ -9,6 +9,7 @@ __all__ = ['BASE_LR', 'BASE_BATCH', 'epoch_steps', 'scaled_lr', 'check_lr', 'Sch
 # %% ../nbs/60_schedule.ipynb #31995db4
 from dataclasses import dataclass
 from math import ceil
+from .command import counted
 
 # %% ../nbs/60_schedule.ipynb #427939d0
 def epoch_steps(
@@ -18,7 +19,7 @@ def epoch_steps(
 )->int: # number of steps
     "Steps of `epochs` epochs; the last batch of an epoch is completed, not dropped."
     if min(images, batch_size) < 1:
-        raise ValueError(f'{images} images in batches of {batch_size}: both must be 1 or more')
+        raise ValueError(f'{counted(images, "image")} in batches of {batch_size}: both must be 1 or more')
     return epochs * ceil(images / batch_size)
 
 # %% ../nbs/60_schedule.ipynb #d30f2ceb
@@ -89,7 +90,8 @@ def tail_schedule(
     def scale(n): return round(n * BASE_BATCH / batch_size)
     steps = scale(iterations)
     if steps <= scale(max(tail, default=0)):
-        raise ValueError(f'{iterations} iterations are {steps} steps of {batch_size} images; '
+        raise ValueError(f'{counted(iterations, "iteration is", "iterations are")} '
+                         f'{counted(steps, "step")} of {counted(batch_size, "image")}; '
                          f'tail={tuple(tail)} leaves none at the full lr: train longer, or shorten the tail')
     return Schedule(lr=lr, steps=steps, milestones=tuple(steps - scale(o) for o in tail), **kwargs)
 

@@ -8,7 +8,7 @@ __all__ = ['parse_args', 'build_detector', 'batches', 'train_step', 'claim_folde
 
 # %% ../nbs/64_train.ipynb #342cf0ae
 import argparse
-from .command import Parser, make_folder, start
+from .command import Parser, counted, make_folder, start
 from .recipes import Recipe, find_recipe, load_recipe, recipes, save_recipe, settings_help
 
 def _values(argv):
@@ -249,15 +249,15 @@ def _about(run):
     late = ', '.join(str(o) for o in r.milestones if o >= r.epochs)
     shares = '' if a.num_processes == 1 else f' on {a.num_processes} processes'
     parts = '' if run.parts == 1 else f', each share in {run.parts} parts'
+    images, val = counted(len(run.images), 'training image'), counted(len(run.val), 'validation image')
     on = 'goes on' if run.step < schedule.steps else 'is at its end'
     return '\n'.join([
         f'{r.name}: {"Mask" if r.masks else "Faster"} R-CNN, {weights:.1f} million weights, '
-        f'{len(run.meta["category_ids"])} categories, {len(run.images):,} training images with objects, '
-        f'{len(run.val):,} validation images',
-        f'{schedule.steps:,} steps of {r.batch_size} images{shares} in {run.precision}{parts}' +
-        (f'; {run.step:,} are done, the run {on}' if run.step else ''),
-        f'lr {r.lr:g} after {r.warmup} steps{"".join(drops)}' +
-        (f'; not lowered at {late}, the run has {r.epochs} epochs' if late else '')])
+        f'{counted(len(run.images.names), "category", "categories")}, {images} with objects, {val}',
+        f'{counted(schedule.steps, "step")} of {counted(r.batch_size, "image")}{shares} in {run.precision}'
+        f'{parts}' + (f'; {counted(run.step, "is", "are")} done, the run {on}' if run.step else ''),
+        f'lr {r.lr:g} after {counted(r.warmup, "step")}{"".join(drops)}' +
+        (f'; not lowered at {late}, the run has {counted(r.epochs, "epoch")}' if late else '')])
 
 def _due(run):
     "True when the model is to be evaluated."
@@ -270,6 +270,13 @@ def _eval_loader(run, index, all_images=False):
     share = {} if all_images else dict(process=a.process_index, processes=a.num_processes)
     return eval_loader(index, short=meta['short_side'], long=meta['long_side'], buckets=recipe.buckets,
                        workers=recipe.workers, **share)
+
+# %% ../nbs/64_train.ipynb #c874d910
+def _warnings(run):
+    "What is suspicious about the boxes, and how to see more."
+    odd = [f'warning: {o}' for index in (run.images, run.val) for o in suspicious(index)]
+    more = f'python -m scratchdet.check --coco {run.images.json_path.parents[1]} says more'
+    return odd + [more] * bool(odd)
 
 # %% ../nbs/64_train.ipynb #8a1780f9
 def _results(run):
@@ -286,7 +293,7 @@ def _scores(results):
 def _evaluate(run, report, watch, behind, send):
     "Detect now, and have counted behind the loop, unless the numbers are there; they are sent on."
     if done := _results(run): return behind.give('trackers', partial(send, done))
-    report.say(f'step {run.step}: detects in {len(run.val):,} validation images')
+    report.say(f'step {run.step}: detects in {counted(len(run.val), "validation image")}')
     loader = watch.each(_eval_loader(run, run.val), f'evaluation after step {run.step}')
     records = detect(run.detector, run.val, loader, run.accelerator)
     if records is None: return  # the main process has them
@@ -435,7 +442,7 @@ def train(
     data, last, asked = _stream(run), run.schedule.steps, 0
     signals, tracked, watched, worker = _around(run, track, progress)
     report = Report(run.out/'log.jsonl', run.accelerator, last, run.step, progress)
-    for o in (_about(run), *suspicious(run.images)): report.say(o)
+    for o in (_about(run), *_warnings(run)): report.say(o)
     with report, signals as stop, tracked as trackers, watched as watch, worker as behind:
         while not asked:
             if _due(run): _evaluate(run, report, watch, behind, trackers.send); report.restart()

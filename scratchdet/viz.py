@@ -11,6 +11,7 @@ import torch
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torch.nn.functional import pad
 
 # %% ../nbs/01_viz.ipynb #709a56e1
 _first = '#d55e00 #0072b2 #009e73 #cc79a7 #56b4e9 #e69f00 #f0e442'.split()
@@ -44,6 +45,13 @@ def _show_image(image, ax=None, title=''):
     ax.set(title=title, xlim=(0, w), ylim=(h, 0), xticks=[], yticks=[])
     return ax
 
+def _outline(ax, mask, colour):
+    "A line round a mask, also where it ends at the edge of the image."
+    if not mask.any(): return
+    (y1, x1), (y2, x2) = mask.nonzero().amin(0).tolist(), mask.nonzero().amax(0).tolist()
+    there = pad(mask[y1:y2 + 1, x1:x2 + 1].float(), [1] * 4)
+    ax.contour(there, [.5], colors=[colour], linewidths=1.5, extent=(x1 - .5, x2 + 1.5, y1 - .5, y2 + 1.5))
+
 def _captions(labels, scores, names, n):
     "What is written at each of `n` boxes."
     words = [''] * n if labels is None else [str(int(o)) if names is None else names[int(o)] for o in labels]
@@ -53,8 +61,11 @@ def _write(ax, x1, x2, y, text, colour):
     "A caption at a box, black or white, whichever is easier to read; at the right it grows inwards."
     ink = 'black' if .3 * colour[0] + .59 * colour[1] + .11 * colour[2] > .45 else 'white'
     x, side = (x2, 'right') if x1 > .7 * ax.get_xlim()[1] else (x1, 'left')
-    ax.text(x, y, text, fontsize=8, color=ink, ha=side, va='bottom' if y > 8 else 'top', clip_on=True,
-            bbox=dict(facecolor=colour, pad=.5, lw=0))
+    taken, step = [o.get_window_extent() for o in ax.texts], 10 if y > ax.get_ylim()[0] / 2 else -10
+    words = ax.annotate(text, (x, y), (0, 0), textcoords='offset points', annotation_clip=False, clip_on=True,
+                        fontsize=8, color=ink, ha=side, va='bottom' if y > 8 else 'top',
+                        bbox=dict(facecolor=colour, pad=.5, lw=0))
+    while words.get_window_extent().count_overlaps(taken): words.xyann = 0, words.xyann[1] + step
 
 # %% ../nbs/01_viz.ipynb #66b94576
 def draw(
@@ -71,11 +82,13 @@ def draw(
     n = next((len(o) for o in (boxes, masks, labels) if o is not None), 0)
     kinds = range(n) if labels is None else [int(o) for o in labels]
     colours = palette(max(kinds, default=0) + 1)
-    image = to_picture(image).clone()  # (H, W, 3)
-    for kind, mask in zip(kinds, () if masks is None else masks):
-        mask, colour = torch.as_tensor(mask).cpu().bool(), 255 * torch.tensor(colours[kind])
-        image[mask] = (.5 * image[mask] + .5 * colour).to(torch.uint8)
-    ax = _show_image(image, ax, title)
+    image = to_picture(image)  # (H, W, 3)
+    tinted = image.clone()
+    masks = [] if masks is None else [torch.as_tensor(o).cpu().bool() for o in masks]
+    for kind, mask in zip(kinds, masks):
+        tinted[mask] = (.8 * image[mask] + .2 * 255 * torch.tensor(colours[kind])).to(torch.uint8)
+    ax = _show_image(tinted, ax, title)
+    for kind, mask in zip(kinds, masks): _outline(ax, mask, colours[kind])
     for i, (kind, text) in enumerate(zip(kinds, _captions(labels, scores, names, n))):
         if boxes is None: continue
         x1, y1, x2, y2 = torch.as_tensor(boxes[i]).tolist()

@@ -14,6 +14,7 @@ from reprlib import repr as short
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from .command import counted
 from .rpn import RPN
 from .detector import Detector, faster_rcnn, mask_rcnn
 
@@ -66,7 +67,7 @@ def _check_fit(model, state, source):
     bad += [f'{k} is unexpected' for k in theirs if k not in ours]
     bad += [f'{k} is {theirs[k]}, the model has {s}' for k, s in ours.items() if theirs.get(k, s) != s]
     if bad:
-        what = f'{source} is of another model: {len(bad)} tensors do not fit'
+        what = f'{source} is of another model: {counted(len(bad), "tensor does", "tensors do")} not fit'
         end = 'build the model with the arguments of the run that wrote it'
         raise ValueError('\n  '.join([what, *bad[:8], end]))
 
@@ -74,8 +75,8 @@ def _check_values(state, source):
     "Raise where a tensor holds anything but finite numbers with a point."
     bad = [k for k, v in state.items() if not (v.is_floating_point() and v.isfinite().all())]
     if not bad: return
-    raise ValueError(f'{source}: {bad[0]} holds values that are no finite numbers ({len(bad)} such tensors): '
-                     'take the original, or an earlier checkpoint')
+    raise ValueError(f'{source}: {bad[0]} holds values that are no finite numbers '
+                     f'({counted(len(bad), "such tensor")}): take the original, or an earlier checkpoint')
 
 def load_weights(
     model:Detector, # its weights are replaced
@@ -115,7 +116,8 @@ def check_meta(
         if not (isinstance(rows, (list, tuple)) and all(type(o) is kind for o in rows)):
             raise ValueError(f'{key}={short(rows)} must be a list of {kind.__name__}')
         if key in meta and len(rows) != num_classes:
-            raise ValueError(f'{key} are {len(rows)}, the model has {num_classes} classes')
+            has = counted(num_classes, 'class', 'classes')
+            raise ValueError(f'{key} are {len(rows)}, the model has {has}')
     ids = meta.get('category_ids', [])
     if len(set(ids)) < len(ids): raise ValueError(f'category_ids={short(ids)} hold a number twice')
     for key in ('short_side', 'long_side'):
@@ -187,7 +189,10 @@ def read_meta(
 )->tuple: # arguments of the model, meta
     "What a file says about its model, without reading the weights."
     if not Path(path).is_file():
-        raise FileNotFoundError(f'{path} does not exist, or is a folder: give the model.safetensors of a run')
+        there = ', '.join(sorted(o.name for o in Path(path).parent.glob('*.safetensors')))
+        beside = f'; beside it: {there}' if there else ''
+        raise FileNotFoundError(f'{path} does not exist, or is a folder: give the model.safetensors '
+                                f'of a run{beside}')
     try:
         with safe_open(path, 'pt') as f: about = f.metadata() or {}
     except SafetensorError as e:

@@ -52,7 +52,7 @@ def test_detectron2_names_and_colours():
 
 
 def test_foreign_names_are_refused():
-    with pytest.raises(ValueError, match="1 names are not those of a mmdet.*backbone.bn1.weight"):
+    with pytest.raises(ValueError, match="1 name is none of a mmdet.*backbone.bn1.weight"):
         from_mmdet({'backbone.bn1.weight': torch.zeros(1)})
 
 

@@ -246,6 +246,24 @@ def test_a_damaged_image_is_skipped_if_asked(damaged, tmp_path):
     for a, b in zip(one[:2], two): assert b['loss'] == pytest.approx(a['loss'], rel=1e-4)
 
 
+def test_the_screen_tells_of_boxes_outside_and_of_skipped_images(damaged, tmp_path, capsys):
+    "With counts in the singular, and the command that says more."
+    root, _, number = damaged
+    file = root/'annotations/instances_train2017.json'
+    doc = json.loads(file.read_text())
+    box = doc['annotations'][0]['bbox']
+    box[2] = 100 - box[0]
+    file.unlink()
+    file.write_text(json.dumps(doc))
+    train(replace(tiny, epochs=1, milestones=(1,), warmup=1, on_bad_image='skip'), root, tmp_path/'run')
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].endswith('after 1 step; not lowered at 1, the run has 1 epoch'), lines[2]
+    assert lines[3].startswith(f'warning: {file}: boxes that leave their image: 1 of ') and lines[3].endswith('training clips at the edge')
+    assert lines[4] == f'python -m scratchdet.check --coco {root} says more'
+    told = [o for o in lines if 'skipped' in o]
+    assert len(told) == 1 and re.fullmatch(rf'step \d: 1 image cannot be read and is skipped, such as id {number}; scratchdet.check names the files', told[0])
+
+
 def test_a_gpu_without_memory(toy, tmp_path, monkeypatch):  # noqa: F811
     def full(*args): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')
     monkeypatch.setattr(scratchdet.train, 'train_step', full)

@@ -9,8 +9,9 @@ import torch
 from runs import log, tiny, toy  # noqa: F401
 
 from scratchdet.coco import coco_split, load_index, training_images
+from scratchdet.command import counted
 from scratchdet.loader import plan_epoch, train_loader
-from scratchdet.plan import activation_bytes, largest_shapes, main, parse_args, plan, saved_bytes
+from scratchdet.plan import activation_bytes, largest_shapes, main, parse_args, plan, report, saved_bytes
 from scratchdet.recipes import recipes
 from scratchdet.schedule import split_batch
 from scratchdet.train import build_detector, main as train_main, parse_args as train_args, train
@@ -127,6 +128,13 @@ def test_the_command_prints_the_plan():
                  '16 images = 16 processes x 1 at once x 1 in turn', '39.64 GPU-hours', '60 images a second in each process',
                  'not counted: evaluation, 73 times 5,000 images', '365.7 MB', '342.8 MB sent by each process', 'estimated'):
         assert text in done.stdout, text
+
+
+def test_one_is_no_plural():
+    recipe = replace(recipes['demo'], batch_size=1, epochs=1, warmup=1)
+    said = report(recipe, plan(recipe, 1, 1, 1, classes=2), val=counted(1, 'image'))
+    for text in ('demo on 1 process\n', '1 image: 1 step of 1 image\n', '1 step, 1.00 epochs, 1 image seen', 'after 1 step of warm-up', '1 time 1 image\n'):
+        assert text in said, said
 
 
 def test_the_command_counts_a_folder(toy, capsys):  # noqa: F811

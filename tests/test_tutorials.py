@@ -55,6 +55,56 @@ def test_commands_and_cells_run_as_written(page):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "What the page on one's own data defines before its table, in an empty folder, and a function that makes a data set of a table."
+    page, = [o for o in tutorials if o.name == '02_own_data']
+    monkeypatch.chdir(tmp_path)
+    defined = {}
+    for word in ('own = Path', 'def photo', 'def gridded', 'def read_table', 'def to_coco'):
+        cell, = [o for o in page.code if word in o.source]
+        exec(cell.source, defined)
+    table = tmp_path/'own/labels.csv'
+
+    def make(*lines, encoding='utf-8'):
+        table.write_bytes('\n'.join(['file,x1,y1,x2,y2,label', *lines]).encode(encoding))
+        defined['to_coco'](table, tmp_path/'own/coco', train=tmp_path/'own/photos', val=tmp_path/'own/photos')
+        return load_index(*coco_split(tmp_path/'own/coco', 'train'))
+
+    return defined, make
+
+
+good = 'desk_0.jpg,94,28,129,55,cup'
+
+
+def test_a_label_table_becomes_boxes(own):
+    "A pixel over the edge is rounding, as for the check; names of any script, with and without the mark of UTF-8."
+    edge = 'desk_1.jpg,-1,0,161,121,чашка'
+    for encoding in ('utf-8', 'utf-8-sig'):
+        index = own[1](good, edge, encoding=encoding)
+        assert list(index.names) == ['cup', 'чашка'] and index.target(0)['boxes'].tolist() == [[94, 28, 129, 55]]
+
+
+@pytest.mark.parametrize('lines, encoding, says', [
+    ([good, 'desk_1.jpg,25,54,162,91,cup'], 'utf-8', 'line 3: 25,54,162,91 leaves desk_1.jpg, which is 160 x 120 px: correct the corners'),
+    ([good, '', 'desk_1.jpg,25,54,71,122,cup'], 'utf-8', 'line 4: 25,54,71,122 leaves desk_1.jpg'),
+    (['desk_1.jpg,-2,54,71,91,cup'], 'utf-8', 'line 2: -2,54,71,91 leaves'),
+    (['desk_1.jpg,25,54,inf,91,cup'], 'utf-8', 'line 2: 25,54,inf,91 leaves'),
+    ([good, '', 'desk_1.jpg,71,54,25,91,cup'], 'utf-8', 'line 4: desk_1.jpg,71,54,25,91,cup is not file,x1'),
+    ([good, 'desk_9.jpg,25,54,71,91,cup'], 'utf-8', "line 3: 'desk_9.jpg' is not in "),
+    ([good, 'desk_1.jpg,25,54,71,91,tasse à café', 'é'], 'latin-1', 'line 3: it is not UTF-8: save the table as "CSV UTF-8"'),
+    ([good], 'utf-16', 'line 1: it is not UTF-8')])
+def test_a_wrong_label_table_is_told_with_file_and_line(own, tmp_path, lines, encoding, says):
+    with pytest.raises(ValueError, match=rf'own/labels\.csv, {re.escape(says)}') as e: own[1](*lines, encoding=encoding)
+    assert type(e.value) is ValueError and not (tmp_path/'own/coco').exists()
+
+
+def test_titles_of_the_grid_are_in_the_picture(own):
+    fig = own[0]['fig']
+    titles = [ax.title.get_window_extent() for ax in fig.axes]
+    assert len(titles) == 2 and all(o.y1 < fig.bbox.y1 and fig.bbox.x0 < o.x0 < o.x1 < fig.bbox.x1 for o in titles)
+
+
 def test_the_command_for_coco_takes_a_part_of_it(notebooks, coco_mini, tmp_path, monkeypatch):
     "The fence that needs COCO, as written, with a small one in its place."
     page, = [o for o in tutorials if o.name == '03_coco_subset']
