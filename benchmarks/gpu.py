@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out results/gpu.json --coco ../shared/coco-mini     about 45 minutes
     python benchmarks/gpu.py --device cpu --small --out gpu.json                   the same code at toy size, in half a minute
-    python benchmarks/gpu.py --only parity speed --out results/gpu.json            some parts alone
+    python benchmarks/gpu.py --only parity speed --out results/gpu.json            some parts alone; the file keeps the others
 
 The file is written after every part, so a run that is cut off keeps what it has. bf16 is autocast's, maps are channels last. On a CPU the
 parts compare the CPU's own bodies with the plain ones, and nothing is said about speed.
@@ -205,9 +205,9 @@ def images_per_second(make, args):
             peak(args.device, reset=True)
             step, _ = make(args, n)
             ms = milliseconds(step, args.device, args.repeats)
-            rows[n] = dict(images_per_second=n * 1e3 / ms, ms_per_image=ms / n, gpu_gb=peak(args.device))
+            rows[str(n)] = dict(images_per_second=n * 1e3 / ms, ms_per_image=ms / n, gpu_gb=peak(args.device))
             print(f'{make.__name__:13} {n:3} images: {n * 1e3 / ms:6.1f} images/s, {ms:7.1f} ms a step', flush=True)
-        except torch.OutOfMemoryError: rows[n] = dict(error='out of memory')
+        except torch.OutOfMemoryError: rows[str(n)] = dict(error='out of memory')
         step = None
         if args.device == 'cuda': torch.cuda.empty_cache()
     return rows
@@ -290,7 +290,7 @@ def curve(args, name, data, tmp):
     recipe = replace(recipe, name=name, batch_size=16, images_per_process=max(args.images), lr=.02, epochs=0, milestones=(), iterations=steps,
                      tail=(max(steps // 5, 1),), warmup=max(steps // 10, 1), eval_every=0, report_every=max(steps // 50, 1),
                      checkpoint_every=steps, workers=0 if args.small else 8)
-    out = tmp/name
+    out = tmp/'runs'/name
     save_recipe(recipe, tmp/f'{name}.json')
     words = ['--recipe', tmp/f'{name}.json', '--coco', data, '--out', out, '--quiet'] + ['--cpu'] * (args.device == 'cpu')
     start = time.perf_counter()
@@ -307,8 +307,8 @@ def training(args):
     out = {}
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        size, count = ((48, 64), ('16', '4')) if args.small else ((800, 1088), ('2000', '200'))
-        subprocess.run([sys.executable, '-m', 'scratchdet.toy', '--out', tmp/'toy', '--train', count[0], '--val', count[1],
+        size = (48, 64) if args.small else (800, 1088)
+        subprocess.run([sys.executable, '-m', 'scratchdet.toy', '--out', tmp/'toy', '--train', str(args.toy[0]), '--val', str(args.toy[1]),
                         '--size', *map(str, size), '--quiet'], check=True)
         out['toy'] = curve(args, 'toy', tmp/'toy', tmp)
         if args.coco: out['overfit'] = curve(args, 'overfit', overfit_folder(args.coco.resolve(), tmp/'coco'), tmp)
@@ -326,10 +326,11 @@ def settings():
     p.add_argument('--small', action='store_true', help='toy size')
     p.add_argument('--size', type=int, nargs=2, default=(800, 1216), help='height and width, px')
     p.add_argument('--images', type=int, nargs='+', default=[1, 2, 4, 8, 16], help='images of a step')
+    p.add_argument('--toy', type=int, nargs=2, default=(2000, 200), help='images to train on and to evaluate')
     p.add_argument('--only', nargs='+', choices=every, default=list(every), help='these parts alone')
     p.add_argument('--coco', type=Path, help='folder in COCO layout to overfit')
     args = p.parse_args()
-    if args.small: vars(args).update(size=(64, 96), images=[1], rois=8, objects=2, candidates=60, repeats=1, minutes=0)
+    if args.small: vars(args).update(size=(64, 96), images=[1], rois=8, objects=2, candidates=60, repeats=1, minutes=0, toy=(16, 4))
     if args.device == 'cuda' and not torch.cuda.is_available(): p.error('no GPU is here: --device cpu --small tries the code')
     return args
 
@@ -337,16 +338,18 @@ def settings():
 def main():
     "Each part in turn; the file after each."
     args = settings()
-    found = dict(command=command(), hardware=hardware(), images_size=list(args.size), small=args.small, device=args.device,
-                 kernels=use_triton())
-    if args.device == 'cuda': found['gpu'] = dict(name=torch.cuda.get_device_name(), count=torch.cuda.device_count(), cuda=torch.version.cuda)
+    here = dict(hardware={k: v for k, v in hardware().items() if k != 'load'}, images_size=list(args.size), small=args.small, device=args.device, kernels=use_triton())
+    if args.device == 'cuda': here['gpu'] = dict(name=torch.cuda.get_device_name(), count=torch.cuda.device_count(), cuda=torch.version.cuda)
+    found = json.loads(args.out.read_text()) if args.out and args.out.exists() else here
+    if other := [k for k, v in here.items() if found.get(k) != v]: sys.exit(f'{args.out}: measured with another {", ".join(other)}; give another --out')
     for name in args.only:
-        measured = found.get('speed', {}).get(max(args.images), {})
+        measured = found.get('speed', {}).get(str(max(args.images)), {})
         args.per_second = measured.get('images_per_second', 1.)
         print(f'--- {name}', flush=True)
         start = time.perf_counter()
         found[name] = every[name](args)
         found.setdefault('seconds', {})[name] = time.perf_counter() - start
+        found.setdefault('command', {})[name] = command()
         write(args.out, found)
 
 
