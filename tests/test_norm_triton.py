@@ -29,15 +29,15 @@ def cases(shapes, dtypes, device='cpu'):
         yield forward, (dy, x, weight, bias, mean, rstd, y if relu else None, groups, add)
 
 
-def compare(mine, theirs, unit):
+def compare(mine, theirs, unit, flip=0.):
     """Equal shapes, dtypes and strides; values to `unit` of themselves and 1e-4 of the largest.
 
-    In a map of more than 100,000, one in as many may differ: rounding can move a value over the ReLU's 0."""
+    In a map of more than 100,000, one in as many may differ: rounding can move a value over the ReLU's 0. Sums of a channel then differ by `flip`."""
     for a, o in zip(mine, theirs, strict=True):
         assert a.shape == o.shape and a.dtype == o.dtype and a.stride() == o.stride()
         if not o.numel(): continue
         a, o, rtol = a.float(), o.float(), 0 if a.dtype == torch.float32 else unit
-        near = (a - o).abs() <= rtol * o.abs() + 1e-4 * o.abs().max().clamp(min=1)
+        near = (a - o).abs() <= rtol * o.abs() + 1e-4 * o.abs().max().clamp(min=1) + flip * (a.dim() == 1)
         assert near.logical_not().sum() <= a.numel() // 100_000
 
 
@@ -236,7 +236,7 @@ def test_on_a_gpu_the_kernels_equal_the_plain_bodies(dtype, unit):
         mine = _group_norm(*forward), _group_norm_backward(*backward), _group_norm_backward(*backward)
         torch.cuda.set_sync_debug_mode('default')
         compare(mine[0], plain(*forward), unit)
-        compare(mine[1], plain_backward(*backward), unit)
+        compare(mine[1], plain_backward(*backward), unit, flip=2 * backward[0].abs().max() if backward[6] is not None else 0.)
         assert all(map(torch.equal, mine[1], mine[2]))
         looked += 1
     assert looked == 8 * len(shapes + large)
