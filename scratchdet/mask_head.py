@@ -21,10 +21,11 @@ def _own_masks(x, weight, bias):
 
 # %% ../nbs/42_mask_head.ipynb #571ffe59
 def _quarters(x, conv):
-    "A transposed convolution of side and stride 2: (K', C, h, w) to cells (K', h*w*2*2, C')."
+    "A transposed convolution of side and stride 2, and ReLU: (K', C, h, w) to cells (K', h*w*2*2, C')."
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * C', C)
-    x = F.linear(x.permute(0, 2, 3, 1), weight, conv.bias.repeat(4))
-    return x.view(len(x), 4 * x.shape[1] * x.shape[2], conv.out_channels)
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # in place on a view would cost copies on the way back
+    cells = F.linear(rows, weight, conv.bias.repeat(4)).relu_()
+    return cells.view(len(x), 4 * x.shape[2] * x.shape[3], conv.out_channels)
 
 def _in_place(x, h, w):
     "What each of the cells has, (K', h*w*2*2), where it belongs: (K', 2h, 2w)."
@@ -58,7 +59,7 @@ class MaskHead(nn.Module):
         "Mask logits of each RoI for its own class."
         own, x = labels.clamp(max=self.logits.out_channels - 1), _quarters(self.convs(feats), self.upsample)
         parts = self.logits.weight.flatten(1), self.logits.bias[:, None]
-        return _in_place(_own_masks(x.relu_(), *(F.embedding(own, o) for o in parts)), *feats.shape[2:])
+        return _in_place(_own_masks(x, *(F.embedding(own, o) for o in parts)), *feats.shape[2:])
 
 # %% ../nbs/42_mask_head.ipynb #ac5668ee
 @torch.library.custom_op('scratchdet::mask_targets', mutates_args=())

@@ -180,10 +180,13 @@ class Large(TorchDispatchMode):
 
 
 def test_cells_are_not_copied():
-    "The upsampled cells are made once; nothing else is as large."
+    "The upsampled cells are made once, and their gradient before and after the ReLU; nothing else is as large, there or back."
     feats = torch.randn(7, 16, 14, 14).contiguous(memory_format=torch.channels_last)
-    with Large(7 * 32 * 28 * 28) as seen: small_head(torch.channels_last)(feats, LABELS)
-    assert len(seen.made) == 1
+    with Large(7 * 32 * 28 * 28) as seen:
+        out = small_head(torch.channels_last)(feats, LABELS)
+        assert len(seen.made) == 1
+        out.sum().backward()
+    assert len(seen.made) == 3
 
 
 def test_the_head_as_one_graph():
