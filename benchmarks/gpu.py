@@ -166,7 +166,7 @@ def recorded_step(args, n):
     model, batch = our_model(args), on_device(random_batch(n, args.size, args.objects, 80), args.device)
     optimizer, keys, recorded = sgd(model, lr=1e-4), image_keys(0, 0, batch.image_ids), Recorded(model, 'bf16')
     def step():
-        recorded(batch, keys, lambda counts: counts)
+        recorded([batch], [keys], lambda counts: counts)
         optimizer.step()
         optimizer.zero_grad()
     return step, model

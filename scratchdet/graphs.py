@@ -132,21 +132,36 @@ def _both(model, batch, keys):
     o.forward, o.backward = map(model.record, halves)
     return o
 
-@patch
-def __call__(self:Recorded,
-    batch, # a `Batch` on the device
-    keys:Tensor, # (N,) hash of seed, step and image for the samplers
-    total, # sums the three normalizers (3,) over processes; called once
-)->dict: # (): this process's shares of the losses; `grad` of every parameter is set
-    "Losses and gradients of a batch, the gradients summed over processes."
+def _look(model, batch, keys):
+    "The recording of this shape, after the forward pass of this batch."
     shape = tuple(batch.images.shape), slots(batch.boxes.shape[1]), batch.masks is None
-    if shape not in self.shapes: self.shapes[shape] = _both(self, batch, keys)
-    o = self.shapes[shape]
+    if shape not in model.shapes: model.shapes[shape] = _both(model, batch, keys)
+    o = model.shapes[shape]
     fill(o.batch, batch)
     o.keys.copy_(keys)
     o.forward()
-    self.total.copy_(total(o.counts))
+    return o
+
+# %% ../nbs/63_graphs.ipynb #110f3b14
+@patch
+def __call__(self:Recorded,
+    batches:list, # parts of this process's share, each a `Batch` on the device
+    keys:list, # for each (N,) hash of seed, step and image for the samplers
+    total, # sums the three normalizers (3,) over processes; called once
+)->dict: # (): this process's shares of the losses; `grad` of every parameter is set
+    "Losses and gradients of all parts together, the gradients summed over processes."
+    parts, counts = list(zip(batches, keys)), 0
+    for part in parts:
+        o = _look(self, *part)
+        counts = counts + o.counts
+    self.total.copy_(total(counts))
     o.backward()
+    losses = o.losses.clone()
+    for part in parts[:-1]:
+        seen, o = self.flat.clone(), _look(self, *part)
+        o.backward()
+        self.flat += seen
+        losses += o.losses
     if distributed.is_initialized(): distributed.all_reduce(self.flat)
     for p, grad in zip(self.params, self.grads): p.grad = grad
-    return dict(zip(o.names, o.losses.clone()))
+    return dict(zip(o.names, losses))

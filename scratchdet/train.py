@@ -109,19 +109,17 @@ def batches(
 
 # %% ../nbs/64_train.ipynb #b0198073
 @torch.no_grad()
-def _counter(model, batches, keys, accelerator):
+def _counter(detector, batches, keys, over_processes):
     "What sums the three normalizers over all processes and parts of a global batch."
-    def over_processes(counts): return accelerator.reduce(counts, 'sum')
     if len(batches) == 1: return over_processes
     seen = []
-    detector = accelerator.unwrap_model(model)
     for batch, key in zip(batches, keys): detector(batch, key, lambda o: seen.append(o) or o)
     total = over_processes(torch.stack(seen).sum(0))
     return lambda counts: total
 
-def _launched(model, batches, keys, total, accelerator):
+def _launched(model, batches, keys, over_processes, accelerator):
     "Losses of all parts together, and their gradients in the weights."
-    losses = {}
+    losses, total = {}, _counter(accelerator.unwrap_model(model), batches, keys, over_processes)
     for i, (batch, key) in enumerate(zip(batches, keys), 1):
         with nullcontext() if i == len(batches) else accelerator.no_sync(model):
             out = model(batch, key, total)
@@ -137,13 +135,13 @@ def train_step(
     accelerator:Accelerator, # which sums over processes
     step:int, # steps done before
     seed:int=0, # of the samplers
-    recorded:Recorded=None, # of the model; it takes a share in one part
+    recorded:Recorded=None, # of the model
 )->dict: # (): each loss's share of this process; the sum over processes is the global batch's loss
     "Forward, backward and update for one global batch."
     keys = [image_keys(seed, step, o.image_ids) for o in batches]
-    total = _counter(model, batches, keys, accelerator)
-    if recorded: losses = recorded(*batches, *keys, total)
-    else: losses = _launched(model, batches, keys, total, accelerator)
+    def over_processes(counts): return accelerator.reduce(counts, 'sum')
+    if recorded: losses = recorded(batches, keys, over_processes)
+    else: losses = _launched(model, batches, keys, over_processes, accelerator)
     optimizer.step()
     optimizer.zero_grad()
     return losses
@@ -205,8 +203,8 @@ def _for_gpu(model):
     return model.to(memory_format=torch.channels_last)
 
 def _recorded(run):
-    "What replays steps of shares in one part, if they can be recorded and the recipe lets it; or None."
-    wanted = run.recipe.graphs and run.parts == 1 and can_record(run.accelerator.device)
+    "What replays steps, if they can be recorded and the recipe lets it; or None."
+    wanted = run.recipe.graphs and can_record(run.accelerator.device)
     return Recorded(run.detector, run.precision) if wanted else None
 
 # %% ../nbs/64_train.ipynb #047f4491

@@ -78,7 +78,7 @@ def test_a_shape_is_recorded_once_and_the_model_sees_the_batch_as_it_is():
         return recorder(torch.device('cpu'))(do)
     model, batches = small(), stream()
     way = Recorded(model, record=record)
-    for o in batches * 2: way(o, image_keys(0, 0, o.image_ids), same)
+    for o in batches * 2: way([o], [image_keys(0, 0, o.image_ids)], same)
     assert calls == ['_forward', '_backward'] * 5 and len(way.shapes) == 5
     for o in way.shapes.values(): assert not hasattr(o, 'sums') and not o.losses.requires_grad and not o.counts.requires_grad
 
@@ -86,11 +86,11 @@ def test_a_shape_is_recorded_once_and_the_model_sees_the_batch_as_it_is():
 def test_losses_are_copies_and_gradients_one_piece():
     model, batches = small(), stream()
     way = Recorded(model)
-    outs = [way(o, image_keys(0, 0, o.image_ids), same) for o in batches[:1]]
+    outs = [way([o], [image_keys(0, 0, o.image_ids)], same) for o in batches[:1]]
     kept = {k: v.item() for k, v in outs[0].items()}
     first = [p.grad for p in model.parameters()]
     model.zero_grad()
-    for o in batches: outs.append(way(o, image_keys(0, 1, o.image_ids), same))
+    for o in batches: outs.append(way([o], [image_keys(0, 1, o.image_ids)], same))
     assert {k: v.item() for k, v in outs[0].items()} == kept != {k: v.item() for k, v in outs[1].items()}
     assert len(first) > 50 and all(p.grad is g for p, g in zip(model.parameters(), first))
     assert {p.grad.untyped_storage().data_ptr() for p in model.parameters()} == {way.flat.untyped_storage().data_ptr()}
@@ -103,8 +103,8 @@ def test_total_is_asked_once_and_divides():
     def four_times(counts):
         asked.append(counts.clone())
         return 4 * counts
-    one, gradient = way(batch, keys, same), way.flat.clone()
-    quarter = way(batch, keys, four_times)
+    one, gradient = way([batch], [keys], same), way.flat.clone()
+    quarter = way([batch], [keys], four_times)
     assert len(asked) == 1 and asked[0].shape == (3,) and asked[0].min() > 0
     for k, v in one.items(): assert v == 4 * quarter[k]
     torch.testing.assert_close(4 * way.flat, gradient, rtol=1e-5, atol=1e-7)
@@ -114,9 +114,9 @@ def test_spare_slots_may_have_held_objects():
     "Forty objects, then one in the same memory: nothing of the forty is left."
     many, one = with_slots(batch_of(), 16), with_slots(batch_of(), 1)
     way, keys = Recorded(small()), image_keys(0, 0, one.image_ids)
-    alone, gradient = way(one, keys, same), way.flat.clone()
-    way(many, keys, same)
-    after = way(one, keys, same)
+    alone, gradient = way([one], [keys], same), way.flat.clone()
+    way([many], [keys], same)
+    after = way([one], [keys], same)
     assert len(way.shapes) == 1 and alone == after and torch.equal(way.flat, gradient)
 
 
@@ -126,7 +126,7 @@ def sum_of(batch, processes):
     if processes > 1: batch = batch._each(lambda o: o.chunk(processes)[accelerator.process_index])
     model = small(fixed_mask_rois=8).double()
     way = Recorded(model)
-    out = way(batch, image_keys(0, 0, batch.image_ids), lambda counts: accelerator.reduce(counts, 'sum'))
+    out = way([batch], [image_keys(0, 0, batch.image_ids)], lambda counts: accelerator.reduce(counts, 'sum'))
     return {k: accelerator.reduce(v, 'sum').item() for k, v in out.items()}, [p.grad.numpy() for p in model.parameters()]
 
 
@@ -138,6 +138,24 @@ def test_two_processes_are_one():
     for out, own in run_ranks(sum_of, 2, batch, 2):
         assert out == pytest.approx(wanted, rel=1e-9) and len(own) > 50
         for a, b in zip(gradient, own, strict=True): assert abs(a - b).max() <= 1e-9 * max(abs(a).max(), 1e-9)
+
+
+def test_parts_are_one():
+    "Parts of unlike shapes and one without objects: the losses and gradients of launched parts; their numbers are asked for once."
+    AcceleratorState._reset_state(True)
+    accelerator, asked = Accelerator(cpu=True), []
+    parts = [stream()[i] for i in (0, 2, 4, 1)]
+    def total(counts): return asked.append(counts.tolist()) or counts
+    model = small(fixed_mask_rois=8).double()
+    keys = [image_keys(0, 0, o.image_ids) for o in parts]
+    found = Recorded(model)(parts, keys, total)
+    own = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    wanted = module._launched(model, parts, keys, total, accelerator)
+    AcceleratorState._reset_state(True)
+    assert len(asked) == 2 and asked[0] == pytest.approx(asked[1]) and found.keys() == wanted.keys()
+    for k, v in wanted.items(): torch.testing.assert_close(found[k], v, rtol=1e-9, atol=0)
+    for p, g in zip(model.parameters(), own, strict=True): torch.testing.assert_close(g, p.grad, rtol=1e-9, atol=1e-12)
 
 
 def recorded_run(coco, out, recipe):
@@ -158,13 +176,12 @@ def test_a_recorded_run_is_the_run(toy, tmp_path, processes):  # noqa: F811
     else: assert all(y == pytest.approx(x, rel=1e-3) for x, y in zip(a[:2], b))
 
 
-@pytest.mark.parametrize('kind, triton, parts, wanted, made', [
-    ('cuda', True, 1, True, True), ('cuda', True, 1, False, False), ('cuda', True, 2, True, False), ('cuda', False, 1, True, False),
-    ('cpu', True, 1, True, False), ('mps', True, 1, True, False)])
-def test_who_is_recorded(monkeypatch, kind, triton, parts, wanted, made):
+@pytest.mark.parametrize('kind, triton, wanted, made', [
+    ('cuda', True, True, True), ('cuda', True, False, False), ('cuda', False, True, False), ('cpu', True, True, False), ('mps', True, True, False)])
+def test_who_is_recorded(monkeypatch, kind, triton, wanted, made):
     monkeypatch.setattr(module, 'Recorded', lambda detector, precision: (detector, precision))
     monkeypatch.setattr(graphs, 'use_triton', lambda: triton)
-    run = Some(accelerator=Some(device=torch.device(kind)), parts=parts, recipe=Some(graphs=wanted), detector='detector', precision='bf16')
+    run = Some(accelerator=Some(device=torch.device(kind)), recipe=Some(graphs=wanted), detector='detector', precision='bf16')
     assert module._recorded(run) == (('detector', 'bf16') if made else None)
 
 
@@ -187,7 +204,7 @@ def test_on_a_gpu_a_replay_can_be_repeated():
     "The shapes in turn, again and again, on weights that stay: each has its own losses every time, whatever another left in the pool."
     model = small().train().to('cuda', memory_format=torch.channels_last)
     way, batches = Recorded(model), [o.to('cuda') for o in stream()]
-    rounds = [[(way(o, image_keys(0, 0, o.image_ids), same), way.flat.clone()) for o in batches] for _ in range(3)]
+    rounds = [[(way([o], [image_keys(0, 0, o.image_ids)], same), way.flat.clone()) for o in batches] for _ in range(3)]
     with torch.no_grad(): plain = [model(o, image_keys(0, 0, o.image_ids)) for o in batches]
     for one in rounds:
         for (out, flat), (first, gradient), wanted in zip(one, rounds[0], plain, strict=True):
