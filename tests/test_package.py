@@ -138,7 +138,7 @@ def test_a_notebook_that_shows_something_else_fails(tmp_path):
     broken = notebook(tmp_path/'broken.ipynb', ('1/0', ''))
     assert check(good).returncode == 0
     done = check(good, other, broken)
-    assert done.returncode == 1 and '2 of 3 notebooks fail' in done.stderr
+    assert done.returncode == 1 and '2 of 3 notebooks fail' in done.stderr and f'run {other} {broken}' in done.stderr
     assert "saved '1'" in done.stdout and 'division by zero' in done.stdout
 
 

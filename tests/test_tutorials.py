@@ -79,7 +79,7 @@ good = 'desk_0.jpg,94,28,129,55,cup'
 
 def test_a_label_table_becomes_boxes(own):
     "A pixel over the edge is rounding, as for the check; names of any script, with and without the mark of UTF-8."
-    edge = 'desk_1.jpg,-1,0,161,121,чашка'
+    edge = 'desk_1.jpg,-1,0,161,121,чашка '  # a space behind is none of the label
     for encoding in ('utf-8', 'utf-8-sig'):
         index = own[1](good, edge, encoding=encoding)
         assert list(index.names) == ['cup', 'чашка'] and index.target(0)['boxes'].tolist() == [[94, 28, 129, 55]]
@@ -91,12 +91,22 @@ def test_a_label_table_becomes_boxes(own):
     (['desk_1.jpg,-2,54,71,91,cup'], 'utf-8', 'line 2: -2,54,71,91 leaves'),
     (['desk_1.jpg,25,54,inf,91,cup'], 'utf-8', 'line 2: 25,54,inf,91 leaves'),
     ([good, '', 'desk_1.jpg,71,54,25,91,cup'], 'utf-8', 'line 4: desk_1.jpg,71,54,25,91,cup is not file,x1'),
+    ([good, 'desk_1.jpg,25,54,71,91,cup, small'], 'utf-8', 'line 3: desk_1.jpg,25,54,71,91,cup'),
+    ([good, 'desk_1.jpg,25,54,71,91'], 'utf-8', 'line 3: desk_1.jpg,25,54,71,91,'),
     ([good, 'desk_9.jpg,25,54,71,91,cup'], 'utf-8', "line 3: 'desk_9.jpg' is not in "),
     ([good, 'desk_1.jpg,25,54,71,91,tasse à café', 'é'], 'latin-1', 'line 3: it is not UTF-8: save the table as "CSV UTF-8"'),
     ([good], 'utf-16', 'line 1: it is not UTF-8')])
 def test_a_wrong_label_table_is_told_with_file_and_line(own, tmp_path, lines, encoding, says):
     with pytest.raises(ValueError, match=rf'own/labels\.csv, {re.escape(says)}') as e: own[1](*lines, encoding=encoding)
     assert type(e.value) is ValueError and not (tmp_path/'own/coco').exists()
+
+
+def test_a_table_without_boxes_or_with_another_head_is_told(own, tmp_path):
+    read, table = own[0]['read_table'], tmp_path/'own/labels.csv'
+    with pytest.raises(ValueError, match='labels.csv: no line follows the first'): own[1]()
+    for head, found in (('file;x1;y1', 'file;x1;y1'), ('file,x1,y1,x2,y2', 'file,x1,y1,x2,y2'), ('', 'empty')):
+        table.write_text(head)
+        with pytest.raises(ValueError, match=f'its first line is not file,x1,y1,x2,y2,label but {found}$'): read(table)
 
 
 def test_titles_of_the_grid_are_in_the_picture(own):

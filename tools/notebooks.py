@@ -107,13 +107,13 @@ def execute(job):
 
 
 def execute_all(action, paths, jobs, commands=False):
-    "Run every notebook of `paths` in a fresh process, `jobs` at a time; returns how many are wrong."
+    "Run every notebook of `paths` in a fresh process, `jobs` at a time; returns those that are wrong."
     if jobs > 1: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
-    failed = 0
+    failed = []
     with multiprocessing.get_context('spawn').Pool(jobs, maxtasksperchild=1) as pool:
-        for report, bad in pool.imap(execute, [(action, commands, o) for o in paths], chunksize=1):
+        for path, (report, bad) in zip(paths, pool.imap(execute, [(action, commands, o) for o in paths], chunksize=1)):
             print(report, flush=True)
-            failed += bad
+            if bad: failed.append(str(path))
     return failed
 
 
@@ -155,9 +155,9 @@ def main():
     if not args.notebooks: parser.error(f'{args.action} needs the paths of notebooks')
     failed = execute_all(args.action, args.notebooks, args.jobs, args.commands)
     if failed and args.action == 'check':
-        sys.exit(f'{failed} of {len(args.notebooks)} notebooks fail, or show something else than they save: '
-                 'mend them, or python tools/notebooks.py run NOTEBOOK')
-    if failed: sys.exit(f'{failed} of {len(args.notebooks)} notebooks fail')
+        sys.exit(f'{len(failed)} of {len(args.notebooks)} notebooks fail, or show something else than they save: '
+                 f'mend them, or python tools/notebooks.py run {" ".join(failed)}')
+    if failed: sys.exit(f'{len(failed)} of {len(args.notebooks)} notebooks fail: {" ".join(failed)}')
 
 
 if __name__ == '__main__': main()
