@@ -29,7 +29,8 @@ def _wrong(path, what, do='correct the record or remove it'):
 def _records(path, doc, kind):
     "The list `kind` of a COCO file."
     rows = doc.get(kind) if isinstance(doc, dict) else None
-    if not isinstance(rows, list) or set(map(type, rows)) - {dict} or not rows and kind != 'annotations':
+    if rows == [] and kind != 'annotations': raise _wrong(path, f'its list `{kind}` is empty', 'add a record')
+    if not isinstance(rows, list) or set(map(type, rows)) - {dict}:
         has = f'a dict with {_show(sorted(doc))}' if isinstance(doc, dict) else f'a {type(doc).__name__}'
         raise _wrong(path, f'not a COCO instances file but {has}', f'it needs a list of records `{kind}`')
     return rows

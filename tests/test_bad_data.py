@@ -67,8 +67,8 @@ not_coco = {
     'a number': ('3', 'not a COCO instances file but a int'),
     'captions': (dict(images=document()['images'], categories=[dict(id=1, name='a')]), 'list of records `annotations`'),
     'results': ([dict(image_id=1, score=.5)], 'not a COCO instances file'),
-    'no images': ({**document(), 'images': []}, 'list of records `images`'),
-    'no categories': ({**document(), 'categories': []}, 'list of records `categories`'),
+    'no images': ({**document(), 'images': []}, 'its list `images` is empty'),
+    'no categories': ({**document(), 'categories': []}, 'its list `categories` is empty'),
     'images by id': ({**document(), 'images': {'1': {}}}, 'list of records `images`'),
     'not records': ({**document(), 'annotations': [1, 2]}, 'list of records `annotations`'),
 }

@@ -127,7 +127,7 @@ def test_empty_images_crowds_and_a_category_named_like_a_count(copy):
 
 
 @pytest.mark.parametrize('split, change, says', [
-    ('val', lambda d: d.update(images=[]), 'instances_val2017.json: not a COCO instances file .* `images`'),
+    ('val', lambda d: d.update(images=[]), 'instances_val2017.json: its list `images` is empty: add a record'),
     ('train', lambda d: d['annotations'].clear(), 'has no image to train on'),
     ('val', lambda d: d['annotations'][0].update(image_id=999), 'image_id 999, which is not in `images`'),
     ('train', lambda d: d['images'][0].update(file_name='x.jpg'), "lacks 1 of the 20 images of .*, first 'x.jpg'"),
