@@ -214,11 +214,12 @@ def test_a_hopper_chip_reads_16_bytes_at_a_time_and_spills_nothing(tile, tmp_pat
     looked = 0
     for name, warps, reads, constants in work:
         ptx, uses = compiled(getattr(norm_triton, name), tmp_path, types, constants, ('C', 'HW', 'pixels'), num_warps=warps)
-        assert 16 <= uses['REG'] <= 160 and uses['STACK'] <= 16 and uses['LOCAL'] == 0, (name, uses)
+        assert 16 <= uses['REG'] <= (160 if tile['LAST'] and warps > 2 else 255) and uses['STACK'] <= 16 and uses['LOCAL'] == 0, (name, uses)
         accesses = re.findall(r'(?:ld|st)\.global\S*', ptx)
         # 8 values of 2 bytes at a time
         assert accesses.count('ld.global.v4.b32') >= reads and not [o for o in accesses if '16' in o], (name, accesses)
-        if name not in ('_moments', '_combine', '_means') and 'st.global.v4' in ptx:
+        numbers_alone = name in ('_moments', '_combine', '_means') or name == '_sums' and not constants['ADD']
+        if not numbers_alone and 'st.global.v4' in ptx:
             assert 'cvt.rn.bf16' in ptx, name  # rounds to the nearest
             looked += 1
     assert looked >= 5
