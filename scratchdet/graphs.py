@@ -12,7 +12,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
-from torch import Tensor, distributed
+from torch import distributed
 from .roi_triton import use_triton
 from .detector import Detector, mean_losses
 
