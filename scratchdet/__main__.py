@@ -20,20 +20,24 @@ commands = dict(
 
 # %% ../nbs/80___main__.ipynb #79db3a75
 import sys
+from . import __version__
+from .command import start
 
 def listing()->str: # a line for each command
     "The commands, each with what it is for."
     rows = [f'  python -m scratchdet.{name:<12} {what}' for name, what in commands.items()]
-    return '\n'.join(['commands:', *rows, '', 'each has --help; accelerate launch -m starts train too'])
+    return '\n'.join(['commands:', *rows, '', 'each has --help; accelerate launch -m starts train too;',
+                      '--version tells which scratchdet this is'])
 
 def _answer(words):
     "What to print, and the exit status, when something follows `python -m scratchdet`."
     if not words or words[0] in ('-h', '--help'): return listing(), 0
+    if words[0] == '--version': return f'scratchdet {__version__}', 0
     near = f'python -m scratchdet.{words[0]}'
     return (f'scratchdet: commands have a dot: {near}' if words[0] in commands else
             f'scratchdet: {words[0]!r} is no command\n{listing()}'), 2
 
 if __name__ == '__main__' and __spec__:
-    text, status = _answer(sys.argv[1:])
+    text, status = start(lambda: _answer(sys.argv[1:]))
     print(text, file=sys.stderr if status else sys.stdout)
     sys.exit(status)

@@ -13,6 +13,7 @@ import pytest
 from pages import pages, root
 from runs import tiny, toy  # noqa: F401
 
+import scratchdet
 from scratchdet.recipes import save_recipe
 from scratchdet.train import parse_args, train
 
@@ -170,6 +171,32 @@ def test_ctrl_c_is_one_line(name, words):
     def loads(pid): return 'libtorch_cpu' in Path(f'/proc/{pid}/maps').read_text()
     status, text = interrupted(name, words[name], loads)
     assert status != 0 and text == f'\nscratchdet.{name}: stopped by Ctrl-C\n'
+
+
+def unread(*words):
+    "Exit status and error stream of a command of whose output nobody reads a line."
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, 'PYTHONUNBUFFERED': ''}
+    try: done = subprocess.run([sys.executable, '-m', *words], stdout=write, stderr=subprocess.PIPE, text=True, env=env)
+    finally: os.close(write)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize('name', ['scratchdet', *(f'scratchdet.{o}' for o in commands)])
+def test_a_reader_that_has_gone_ends_help(name): assert unread(name, '--help') == (-signal.SIGPIPE, '')
+
+
+@pytest.mark.parametrize('name', ['check', 'train', 'plan'])
+def test_a_reader_that_has_gone_ends_the_work(name, words):
+    "While it is on, and at its end; a run's bar may stand on the error stream, and no word after it."
+    status, text = unread(f'scratchdet.{name}', *words[name].split())
+    assert status == -signal.SIGPIPE and 'Traceback' not in text and 'roken' not in text and 'gone' not in text
+
+
+def test_the_version():
+    done = subprocess.run([sys.executable, '-m', 'scratchdet', '--version'], capture_output=True, text=True, check=True)
+    assert done.stdout == f'scratchdet {scratchdet.__version__}\n' and not done.stderr
 
 
 @pytest.mark.parametrize('words, says', [
