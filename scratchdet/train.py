@@ -32,8 +32,8 @@ def parse_args(
         description='Train a detector from random weights; the same command resumes.', epilog=_values(argv))
     p.add_argument('--recipe', required=True, metavar='NAME',
                    help='a named recipe, or a recipe.json; before --help: its values are listed below')
-    p.add_argument('--coco', required=True, metavar='DIR', help='with annotations/instances_train*.json, '
-                   'instances_val*.json, and a folder of images for each, named like train*')
+    p.add_argument('--coco', required=True, metavar='DIR', help='with annotations/instances_train*.json '
+                   'and instances_val*.json, and their images in train*/ and val*/')
     p.add_argument('--out', required=True, metavar='DIR', help='run folder: log, checkpoints, weights')
     p.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE',
                    help='values of the recipe, like lr=0.01 (default: as the recipe says)')
@@ -239,12 +239,20 @@ class Run:
         self.step, self.taken, self.recorded = _resume(self), ({}, {}), _recorded(self)
 
 # %% ../nbs/64_train.ipynb #e6769d0f
+def _rates(recipe, schedule):
+    "How the lr goes, and what of it the run is too short for."
+    r, steps, tenth = recipe, schedule.steps, max(1, schedule.steps // 10)
+    drops = [f', {schedule(o):g} from step {o}' for o in schedule.milestones if o < steps]
+    late = ', '.join(str(o) for o in r.milestones if o >= r.epochs)
+    shorter = f'; a run of {counted(steps, "step")} wants less warm-up, for example --set warmup={tenth}'
+    return (f'lr {r.lr:g} after {counted(r.warmup, "step")}{"".join(drops)}' +
+            (f'; not lowered at {late}, the run has {counted(r.epochs, "epoch")}' if late else '') +
+            (shorter if r.warmup > steps / 2 else ''))
+
 def _about(run):
     "What is trained, on what, for how long, and how the lr goes."
     r, a, schedule = run.recipe, run.accelerator, run.schedule
     weights = sum(o.numel() for o in run.detector.parameters()) / 1e6
-    drops = [f', {schedule(o):g} from step {o}' for o in schedule.milestones if o < schedule.steps]
-    late = ', '.join(str(o) for o in r.milestones if o >= r.epochs)
     shares = '' if a.num_processes == 1 else f' on {a.num_processes} processes'
     parts = '' if run.parts == 1 else f', each share in {run.parts} parts'
     images, val = counted(len(run.images), 'training image'), counted(len(run.val), 'validation image')
@@ -254,9 +262,9 @@ def _about(run):
         f'{counted(len(run.images.names), "category", "categories")}, {images} with objects, {val}',
         f'{counted(schedule.steps, "step")} of {counted(r.batch_size, "image")}{shares} in {run.precision}'
         f'{parts}' + (f'; {counted(run.step, "is", "are")} done, the run {on}' if run.step else ''),
-        f'lr {r.lr:g} after {counted(r.warmup, "step")}{"".join(drops)}' +
-        (f'; not lowered at {late}, the run has {counted(r.epochs, "epoch")}' if late else '')])
+        _rates(r, schedule)])
 
+# %% ../nbs/64_train.ipynb #636d7e42
 def _due(run):
     "True when the model is to be evaluated."
     every = run.epoch * run.recipe.eval_every
@@ -471,6 +479,7 @@ def main(
         sys.exit(f'scratchdet.train: {str(e).split(". ")[0]}. Give --set images_per_process= a smaller '
                  f'number, which changes no loss; {_again(args)}')
     except MainFailed: sys.exit(1)
+    except BrokenPipeError: raise  # nobody reads the line
     except (ValueError, OSError, FloatingPointError, RuntimeError, EOFError) as e:
         if lost := lost_process(e): sys.exit(f'scratchdet.train: {lost}; {_again(args)}')
         if isinstance(e, (RuntimeError, EOFError)): raise
