@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .command import counted
-from .weights import describe, sync
+from .weights import describe, read_meta, sync
 
 # %% ../nbs/54_resume.ipynb #179364fa
 def _digest(file):
@@ -159,6 +159,13 @@ def find_checkpoint(
         raise ValueError('\n  '.join([f'{folder}: none of its checkpoints is whole', *wrong, end]))
 
 # %% ../nbs/54_resume.ipynb #2baea3dc
+def _check_categories(file, model):
+    "Raise where a file is of a model for more or fewer categories."
+    there, here = read_meta(file)[0]['num_classes'], model.num_classes
+    if there != here:
+        raise ValueError(f'{file}: the number of categories differs, {there} there and {here} here. '
+                         'Use another run folder, or the data set of that run')
+
 def _tensors(file, ours, some=False):
     "Tensors of a file, of the names, shapes and types of `ours`, or `some` of them."
     read = load_file(file)
@@ -177,6 +184,7 @@ def load_checkpoint(
     "Read a checkpoint into a model and an optimizer, or change nothing and raise a ValueError."
     path, trained = Path(path), dict(model.named_parameters())
     verify_checkpoint(path)
+    _check_categories(path/'model.safetensors', model)
     weights = _tensors(path/'model.safetensors', model.state_dict())
     momentum = _tensors(path/'momentum.safetensors', trained, some=True)
     model.load_state_dict(weights)

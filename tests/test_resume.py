@@ -144,15 +144,17 @@ def test_nothing_to_resume_from(tmp_path):
         assert find_checkpoint(tmp_path) is None and checkpoints(tmp_path) == []
 
 
-@pytest.mark.parametrize('changes', [dict(fc=48), dict(num_classes=4), dict(blocks=(1, 2, 1, 1))])
-def test_another_model_is_an_error_at_once(changes, points):
+@pytest.mark.parametrize('changes, says', [
+    (dict(fc=48), 'of another model'), (dict(blocks=(1, 2, 1, 1)), 'of another model'),
+    (dict(num_classes=4), 'the number of categories differs, 3 there and 4 here. Use another run folder')])
+def test_another_model_is_an_error_at_once(changes, says, points):
     folder, _ = points
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         path = find_checkpoint(folder)
     model, optimizer = small(**changes)
     before = state(model, optimizer)
-    with pytest.raises(ValueError, match='step_00000003/model.safetensors: of another model'): load_checkpoint(path, model, optimizer)
+    with pytest.raises(ValueError, match=f'step_00000003/model.safetensors: {says}'): load_checkpoint(path, model, optimizer)
     assert path.name == 'step_00000003' and same_states(state(model, optimizer), before)
 
 
@@ -377,6 +379,19 @@ def test_other_annotations_are_refused(toy, tmp_path, monkeypatch):
     doc['annotations'].pop()
     file.write_text(json.dumps(doc))
     with pytest.raises(ValueError, match='instances_train2017.json has changed'): train(tiny, tmp_path/'changed', out, progress=False)
+
+
+def test_a_data_set_with_other_categories_is_refused(toy, tmp_path, monkeypatch):
+    "In words that tell why the model does not fit, with both numbers."
+    out = stopped(tiny, toy, tmp_path/'run', monkeypatch, 1)
+    shutil.copytree(toy, tmp_path/'more')
+    for file in (tmp_path/'more/annotations').glob('*.json'):
+        doc = json.loads(file.read_text())
+        kinds = len(doc['categories'])
+        doc['categories'].append(dict(id=99, name='extra'))
+        file.write_text(json.dumps(doc))
+    with pytest.raises(ValueError, match=f'number of categories differs, {kinds} there and {kinds + 1} here. Use another run'):
+        train(tiny, tmp_path/'more', out, progress=False)
 
 
 def test_a_log_that_was_cut_in_a_line(toy, tmp_path, monkeypatch):
