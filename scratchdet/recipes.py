@@ -124,14 +124,17 @@ class Recipe(RunSettings, LearnSettings, DataSettings, ModelSettings):
         if wrong := list(_wrong(self)): raise ValueError(f'recipe {self.name}: ' + '; '.join(wrong))
 
 # %% ../nbs/62_recipes.ipynb #8114c754
+def _typed(value):
+    "A value as `--set` takes it."
+    return ','.join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+
 def settings_help(
     recipe:Recipe, # whose values are shown
 )->str: # one line for each value
     "Every value of a recipe: name, value, meaning."
     groups = ModelSettings, DataSettings, LearnSettings, RunSettings
     rows = [(f.name, getattr(recipe, f.name), docments(o)[f.name]) for o in groups for f in fields(o)]
-    def text(v): return ','.join(map(str, v)) if isinstance(v, tuple) else str(v).lower()
-    return '\n'.join(f'  {f"{name}={text(value)}":<28} {meaning}' for name, value, meaning in rows)
+    return '\n'.join(f'  {f"{name}={_typed(value)}":<28} {meaning}' for name, value, meaning in rows)
 
 # %% ../nbs/62_recipes.ipynb #bbb8727e
 def detector_arguments(
@@ -179,7 +182,8 @@ def apply_settings(
         read, kind = _readers[types[key]]
         try: values[key] = read(value)
         except (ValueError, KeyError):
-            raise ValueError(f'--set {text}: {key} is {kind}, like {getattr(recipe, key)}') from None
+            like = f'{key}={_typed(getattr(recipe, key))}'
+            raise ValueError(f'--set {text}: {key} is {kind}; write for example --set {like}') from None
     return replace(recipe, **values)
 
 # %% ../nbs/62_recipes.ipynb #3634dc66

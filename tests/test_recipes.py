@@ -61,7 +61,7 @@ def test_a_recipe_survives_the_disk(name, tmp_path):
 
 @pytest.mark.parametrize('text, words', [('leraning_rate=1', "no 'leraning_rate'"), ('batchsize=4', 'did you mean batch_size'),
                                          ('lr=fast', 'lr is a number'), ('epochs=1.5', 'epochs is a whole number'),
-                                         ('masks=1', 'masks is true or false'), ('milestones=a,b', 'whole numbers with commas'),
+                                         ('masks=1', 'masks is true or false; write for example --set masks=true'), ('milestones=a,b', 'whole numbers with commas'),
                                          ('lr', 'write key=value'), ('precision=fp16', 'fp32 or bf16'), ('lr=nan', 'more than 0'),
                                          ('groups=48', 'must divide'), ('images_per_process=-1', '1 or more'),
                                          ('mask_rois=-2', '0 or more'), ('pre_nms_topk=100', '2 numbers'), ('post_nms_topk=0,0', '2 numbers'),
