@@ -18,7 +18,8 @@ def parse_args(
     cut = p.add_subparsers(dest='action', required=True, metavar='ACTION').add_parser(
         'subset', help='copy some images with their annotations',
         description='Copy some images with their annotations; categories are as frequent as in the whole.')
-    cut.add_argument('--coco', required=True, metavar='DIR', help='with annotations/, train2017/, val2017/')
+    cut.add_argument('--coco', required=True, metavar='DIR', help='with annotations/instances_train*.json '
+                     'and instances_val*.json, and their images in train*/ and val*/')
     cut.add_argument('--out', required=True, metavar='DIR', help='folder to make')
     cut.add_argument('--images', type=int, default=500, metavar='N', help='training images (default: 500)')
     cut.add_argument('--val-images', type=int, metavar='N',
@@ -53,12 +54,13 @@ def coco_split(
 )->tuple: # (annotation json, image folder), both Path
     "The annotation file and the image folder of one split."
     root = Path(root)
-    found = sorted(root.glob(f'annotations/instances_{split}*.json'))
+    all_, found = (sorted(root.glob(f'annotations/instances_{o}*.json')) for o in ('', split))
     if len(found) != 1:
         missing = 'is a file: no folder with' if root.exists() else 'does not exist: no file'
         what = f'has {len(found)} files' if root.is_dir() else missing
-        raise FileNotFoundError(f"{root} {what} annotations/instances_{split}*.json; give a folder in COCO's "
-                                f"layout (annotations/instances_{split}2017.json and {split}2017/)")
+        way = ("give a folder in COCO's layout, such as annotations/instances_train2017.json with train2017/"
+               if not all_ else f'it has {", ".join(o.name for o in all_)}')
+        raise FileNotFoundError(f'{root} {what} annotations/instances_{split}*.json; {way}')
     return found[0], root / found[0].stem.removeprefix('instances_')
 
 # %% ../nbs/10_coco.ipynb #c36a2826

@@ -15,7 +15,7 @@ def parse_args(
     "The command line of `python -m scratchdet.evaluate`."
     p = Parser(prog='python -m scratchdet.evaluate', description='COCO AP of a detector.')
     p.add_argument('--weights', required=True, metavar='FILE', help='or folder of a run, or hf://USER/NAME')
-    p.add_argument('--coco', required=True, metavar='DIR', help='with val2017/ and annotations/')
+    p.add_argument('--coco', required=True, metavar='DIR', help='with annotations/instances_val*.json, val*/')
     p.add_argument('--split', default='val', metavar='NAME', help='train or val (default: val)')
     p.add_argument('--out', metavar='DIR', help='for detections.json and results.json (default: not written)')
     p.add_argument('--short', type=int, metavar='PX',

@@ -299,6 +299,10 @@ def test_missing_paths(tmp_path):
     (tmp_path / 'a.json').write_text(json.dumps(document()))
     with pytest.raises(FileNotFoundError, match='nowhere does not exist'): load_index(tmp_path / 'a.json', tmp_path / 'nowhere')
     with pytest.raises(FileNotFoundError, match="has 0 files annotations/instances_val.*COCO's layout"): coco_split(tmp_path, 'val')
+    (tmp_path / 'annotations').mkdir()
+    for o in ('train', 'val'): (tmp_path / f'annotations/instances_{o}.json').touch()
+    with pytest.raises(FileNotFoundError, match=r'instances_vall\*\.json; it has instances_train\.json, instances_val\.json$'):
+        coco_split(tmp_path, 'vall')
     with pytest.raises(FileNotFoundError, match='does not exist'): coco_split(tmp_path / 'nowhere', 'val')
     (tmp_path / 'labels.csv').touch()
     with pytest.raises(FileNotFoundError, match='labels.csv is a file'): coco_split(tmp_path / 'labels.csv', 'val')
