@@ -66,7 +66,7 @@ def test_a_good_set(toy, capsys):
     assert main(parse_args(['--coco', str(toy)])) == {k: count_split(o) for k, o in both.items()}
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == 'every image can be read' and not any('leave' in o or 'teach' in o for o in lines)
-    assert len(lines) == 9 + len(both['train'].names) and {len(o) for o in lines[:-1]} == {len(lines[0])}
+    assert len(lines) == 10 + len(both['train'].names) and {len(o) for o in lines[:-1]} == {len(lines[0])}
     assert sum(count_split(both['train'])['categories'].values()) == count_split(both['train'])['objects'] > 20
 
 
@@ -93,12 +93,29 @@ def test_a_few_boxes_that_leave_are_counted(copy, share, says):
     "And clipped; many are suspected."
     def change(doc):
         doc['annotations'] = doc['annotations'][:20]
-        for o in doc['annotations']: o['bbox'] = [1, 1, 9, 9]
-        for o in doc['annotations'][:round(20 * share)]: o['bbox'] = [-30, -30, 90, 90]
+        for i, o in enumerate(doc['annotations']): o['bbox'] = [1, 1, 9, 9 + i]
+        for i, o in enumerate(doc['annotations'][:round(20 * share)]): o['bbox'] = [-30, -30, 90, 90 + i]
     edit(copy, 'train', change)
     index = load_index(*coco_split(copy, 'train'))
     assert boxes_outside(index).sum() == 20 * share and len(said := suspicious(index)) == bool(share)
     if share: assert f'leave their image: {20 * share:.0f} of 20, first that of annotation {index.arrays["annotation_ids"][0]}; ' in said[0] and says in said[0]
+
+
+def test_an_object_that_is_there_twice_is_warned_of(copy, capsys):
+    "The later annotation is named; neither crowds nor another category, box or image are the same."
+    def change(doc):
+        first, other = doc['annotations'][0], next(o for o in doc['annotations'] if o['image_id'] != doc['annotations'][0]['image_id'])
+        del doc['annotations'][1:]
+        kinds = [o['id'] for o in doc['categories'] if o['id'] != first['category_id']]
+        x, y, w, h = first['bbox']
+        for i, more in enumerate([dict(), dict(), dict(category_id=kinds[0]), dict(bbox=[x, y, w - 1, h]),
+                                  dict(image_id=other['image_id']), dict(iscrowd=1), dict(iscrowd=1)]):
+            doc['annotations'].append({**first, 'iscrowd': 0, 'id': 9_001 + i, **more})
+    edit(copy, 'train', change)
+    counts = main(parse_args(['--coco', str(copy)]))['train']
+    line, = [o for o in capsys.readouterr().out.splitlines() if o.startswith('warning')]
+    assert line.endswith('boxes that are there twice: 2 of 8, first that of annotation 9001; remove it: evaluation counts one of two as missed')
+    assert counts['boxes there twice'] == 2
 
 
 def test_what_teaches_nothing_is_warned_of(copy, capsys):
