@@ -109,6 +109,10 @@ def test_a_table_without_boxes_or_with_another_head_is_told(own, tmp_path):
         with pytest.raises(ValueError, match=f'its first line is not file,x1,y1,x2,y2,label but {found}$'): read(table)
 
 
+def test_a_table_that_is_not_there_is_told(own):
+    with pytest.raises(FileNotFoundError, match='own/lables.csv does not exist: write it, or correct its name$'): own[0]['read_table']('own/lables.csv')
+
+
 def test_titles_of_the_grid_are_in_the_picture(own):
     fig = own[0]['fig']
     titles = [ax.title.get_window_extent() for ax in fig.axes]
