@@ -19,8 +19,9 @@ def parse_args(
                description='One html file, and a png, on one training run or several.')
     p.add_argument('runs', nargs='+', metavar='RUN', help='run folder: what --out of scratchdet.train was')
     p.add_argument('--out', required=True, metavar='FILE.html', help='page to write; FILE.png comes too')
-    p.add_argument('--coco', metavar='DIR', help='with val2017/ and annotations/: run the models on these '
-                   'images, for precision and recall and the worst errors (default: leave these out)')
+    p.add_argument('--coco', metavar='DIR', help='with annotations/instances_val*.json, and its images '
+                   'in val*/: run the models on these, for precision and recall and the worst errors '
+                   '(default: leave these out)')
     p.add_argument('--cpu', action='store_true', help='use no GPU')
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     return p.parse_args(argv)
@@ -179,7 +180,7 @@ def run_curves(
         tested = [(i, o) for i, o in enumerate([_tests(run, kind) for run in runs]) if o]
         lines = [thinned(i, [(epoch, _hundred(ap.get(name))) for epoch, ap in o], name == 'AP50')
                  for i, o in tested for name in ('AP', 'AP50')]
-        if lines: pictures[f'{word} AP, %; dashed: AP50'] = lines
+        if lines: pictures[f'{word} AP, %; dashed, hollow: AP50'] = lines
     return pictures
 
 def _hundred(x): return None if x is None else 100 * x
@@ -197,13 +198,13 @@ def draw_lines(
     "Runs in one picture."
     for o in lines:
         ax.plot(o.xs, o.ys, color=_colour(o.run), lw=1.5, ls='--' if o.dashed else '-',
-                marker='o' if len(o.xs) < 20 else '', ms=3, clip_on=False)
+                marker='o' if len(o.xs) < 20 else '', ms=4, mfc='none' if o.dashed else None, clip_on=False)
     ax.set_title(title, fontsize=10)
     ax.set_xlabel(xlabel, fontsize=9)
     ax.tick_params(labelsize=8)
-    ax.update_datalim([(0, 0)], updatex=False)
+    ax.update_datalim([(0, 0)])
     ax.autoscale_view()
-    ax.set_ylim(bottom=0)
+    ax.set(xlim=(0, None), ylim=(0, None))
     ax.grid(alpha=.3)
     return ax
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from random import Random
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from runs import tiny, toy  # noqa: F401
 from scratchdet.coco import coco_split, load_index
 from scratchdet.errors import judge, match_boxes
 from scratchdet.evaluate import ground_truth, run_hotcoco, run_pycocotools
-from scratchdet.report import examine, overview, page, read_run, read_runs, run_curves, write_report
+from scratchdet.report import draw_lines, examine, overview, page, read_run, read_runs, run_curves, write_report
 from scratchdet.train import train
 
 
@@ -146,8 +147,18 @@ def test_a_number_that_is_missing_or_none(run):
     found.evaluations[-1]['bbox']['per_category'] = {'disc': None}
     del found.log[3]['images_per_second']
     curves = run_curves([found])
-    assert np.isnan(curves['Box AP, %; dashed: AP50'][0].ys[0]) and len(curves['Images a second'][0].xs) == 7
+    assert np.isnan(curves['Box AP, %; dashed, hollow: AP50'][0].ys[0]) and len(curves['Images a second'][0].xs) == 7
     assert elements(page([found]))['svg'] == 9 + 2 + 1
+
+
+def test_one_evaluation_is_seen(run):
+    "A point for AP and another for AP50, each as a marker, for a line of one point is none; the hollow one is AP50."
+    found = read_run(run)
+    lines = run_curves([found._replace(evaluations=found.evaluations[-1:])])['Box AP, %; dashed, hollow: AP50']
+    ax = draw_lines(plt.subplots()[1], 'AP', lines)
+    assert [(len(o.get_xdata()), o.get_marker(), o.get_markerfacecolor() == 'none') for o in ax.lines] == [(1, 'o', False), (1, 'o', True)]
+    assert ax.get_xlim()[0] == 0 < ax.lines[0].get_xdata()[0] < ax.get_xlim()[1]
+    plt.close(ax.figure)
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"masks": 1', '{"lr": -1}'])
