@@ -79,7 +79,7 @@ class Report:
     ):
         self.file, self.accelerator = Path(file), accelerator
         if accelerator.is_main_process: _cut_log(self.file, step)
-        self.bar = _bar(accelerator, steps, step, progress)
+        self.bar, self.first = _bar(accelerator, steps, step, progress), step + 1
         self.restart()
 
     def __enter__(self): return self
@@ -108,6 +108,7 @@ def add(
     self.ids.append(image_ids)
     self.skipped += skipped
     self.bar.update()
+    if self.bar.n == self.first: self.bar.refresh()
 
 # %% ../nbs/55_log.ipynb #173865c9
 def write_line(
