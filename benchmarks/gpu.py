@@ -19,10 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import command, hardware, parser, write
-from parts import Clock, time_ours
+from parts import Clock, forward_flops, time_ours
 from peer import torchvision_inputs, torchvision_mask_rcnn
 from scratchdet.boxes import _nms_keep
 from scratchdet.detector import mask_rcnn
@@ -255,9 +254,6 @@ def parts(args):
     clock = Waiting(args.device)
     for _ in range(args.repeats + 3): step(clock)
     batch = on_device(random_batch(n, args.size, args.objects, 80), args.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): model(batch, image_keys(0, 0, batch.image_ids))
-    counts = counter.get_flop_counts()
-    names = {'backbone': 'backbone', 'fpn': 'FPN', 'rpn.head': 'RPN head', 'box_head': 'box head', 'mask_head': 'mask head'}
     best, ops = limits(args.device, 256 if args.small else 8192, 16 if args.small else 1024), {}
     for name, (op, arguments) in op_cases(args, torch.bfloat16).items():
         tensors = [o for a in (*arguments, *as_list(op(*arguments))) for o in as_list(a) if isinstance(o, torch.Tensor)]
@@ -266,7 +262,7 @@ def parts(args):
         ops[name] = row
         print(f"{name:26} {row['ms']:8.3f} ms, its bytes alone {row['bytes_ms']:.3f} ms", flush=True)
     return dict(images=n, limits=best, ms={k: v * 1e3 for k, v in clock.medians(skip=3).items()}, ops=ops,
-                forward_gflop={label: sum(counts[f'Detector.{k}'].values()) / 1e9 for k, label in names.items()})
+                forward_gflop={k: o / 1e9 for k, o in forward_flops(model, batch).items()})
 
 
 def as_list(o): return list(o) if isinstance(o, (list, tuple)) else [o]

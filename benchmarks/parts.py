@@ -5,10 +5,12 @@ from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torchvision.models.detection import roi_heads
 
 from common import seconds_of
 from scratchdet import detector
+from scratchdet.matcher import image_keys
 
 labels = ('backbone', 'FPN', 'RPN head', 'proposals', 'matching', 'RoIAlign', 'box head', 'mask head', 'mask targets', 'losses',
           'rest of forward', 'backward', 'optimizer')
@@ -85,3 +87,18 @@ def machine_limits(side=1536, megabytes=256):
     product = min(seconds_of(lambda: torch.mm(a, b, out=c)) for _ in range(5))
     copy = min(seconds_of(lambda: target.copy_(source)) for _ in range(5))
     return dict(gflop_per_second=2 * side ** 3 / product / 1e9, gb_per_second=2 * megabytes / 1024 / copy)
+
+
+def _conv_flops(x, weight, *args, out_shape=None, **kwargs):
+    "Of a 3x3 convolution by its definition, whatever computes it; shapes (N, C, H, W) and (K, C, 3, 3)."
+    return conv_flop_count(x, weight, out_shape)
+
+
+def forward_flops(model, batch):
+    "Multiplications and additions of our forward pass by the definitions, by part (without the positives' share that chance decides)."
+    mapping = {torch.ops.scratchdet.conv3x3: _conv_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+        model(batch, image_keys(0, 0, batch.image_ids))
+    counts = counter.get_flop_counts()
+    names = {'backbone': 'backbone', 'fpn': 'FPN', 'rpn.head': 'RPN head', 'box_head': 'box head', 'mask_head': 'mask head'}
+    return {label: sum(counts[f'Detector.{k}'].values()) for k, label in names.items()}

@@ -10,10 +10,9 @@ import statistics
 from types import SimpleNamespace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import Apart, against, command, hardware, parser, take_turns, write
-from parts import Clock, machine_limits, time_ours, time_theirs
+from parts import Clock, forward_flops, machine_limits, time_ours, time_theirs
 from peer import torchvision_inputs, torchvision_mask_rcnn
 from scratchdet.detector import mask_rcnn
 from scratchdet.init import init_detector
@@ -77,13 +76,10 @@ def build(kind, args, bf16, clock=None):
 
 
 def flops(args):
-    "Multiplications and additions of our forward pass, by part (without the positives' share that chance decides)."
+    "`forward_flops` of the timed model."
     torch.manual_seed(0)
     model, batch = init_detector(mask_rcnn(80, batch_size_per_image=args.rois)).train(), random_batch(args.images, args.size, args.objects, 80)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(): model(batch, image_keys(0, 0, batch.image_ids))
-    counts = counter.get_flop_counts()
-    names = {'backbone': 'backbone', 'fpn': 'FPN', 'rpn.head': 'RPN head', 'box_head': 'box head', 'mask_head': 'mask head'}
-    return {label: sum(counts[f'Detector.{k}'].values()) for k, label in names.items()}
+    return forward_flops(model, batch)
 
 
 def timed_step(kind, args, bf16):

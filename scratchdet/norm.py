@@ -9,6 +9,8 @@ __all__ = ['group_norm', 'GroupNorm', 'ConvNorm']
 import torch
 from torch import Tensor, nn
 
+from .winograd import Conv3x3
+
 # %% ../nbs/20_norm.ipynb #6ef17502
 def _layout(x):
     "The memory format of the result: channels last only where `x` has it."
@@ -132,9 +134,13 @@ class ConvNorm(nn.Module):
         *,
         relu:bool=True, # ends with a ReLU
         groups:int=32, # of the norm
+        fast:bool=False, # kernel 3 and stride 1, by `Conv3x3`
     ):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+        if fast and (kernel, stride) != (3, 1):
+            raise ValueError(f'no Conv3x3 of kernel {kernel}, stride {stride}')
+        if fast: self.conv = Conv3x3(c_in, c_out, bias=False)
+        else: self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = GroupNorm(c_out, groups)
         self.relu = relu
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .anchors import Anchors
 from .boxes import box_iou, boxes_to_deltas, clip_boxes, deltas_to_boxes, nms_keep
 from .matcher import match, sample
+from .winograd import Conv3x3
 
 # %% ../nbs/32_rpn.ipynb #a2948be8
 class RPNHead(nn.Module):
@@ -26,7 +27,7 @@ class RPNHead(nn.Module):
         num_anchors:int=3, # A of a location
     ):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
         self.objectness = nn.Conv2d(channels, num_anchors, 1)
         self.deltas = nn.Conv2d(channels, 4 * num_anchors, 1)
 

@@ -1,0 +1,78 @@
+"3x3 convolutions by Toom-Cook's products: what the notebook does not sweep."
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import scratchdet.winograd as winograd
+from scratchdet.detector import mask_rcnn
+from scratchdet.winograd import Conv3x3, _conv3x3, _conv3x3_weight, _pays, conv3x3
+
+
+def inputs(n, c, k, h, w, dtype=torch.float32):
+    g = torch.Generator().manual_seed(n + h * 31 + w)
+    return tuple(torch.randn(s, generator=g).to(dtype) for s in ((n, c, h, w), (k, c, 3, 3), (n, k, h, w)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.integers(1, 80))
+def test_any_shape_in_any_blocks(n, c, k, h, w, most):
+    "Forward and both gradients, whatever the blocks."
+    x, weight, dy = inputs(n, c, k, h, w, torch.float64)
+    leaves = [(x.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2)]
+    blocks = winograd._Tiles.blocks
+    with patch.object(winograd._Tiles, 'blocks', lambda self, n: blocks(self, n, most)):
+        results = [_conv3x3(*leaves[0]), F.conv2d(*leaves[1], padding=1)]
+        grads = [torch.autograd.grad(y, o, dy) for y, o in zip(results, leaves)]
+    for ours, theirs in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('shape', [(3, 4, 5, 7, 7), (2, 4, 5, 9, 14)])
+def test_opcheck(shape, dtype, layout):
+    x, weight, dy = (o.contiguous(memory_format=layout) for o in inputs(*shape, dtype))
+    torch.library.opcheck(_conv3x3, (x.requires_grad_(), weight.requires_grad_()))
+    for d in dy, dy[:1, :1, :1, :1].expand_as(dy): torch.library.opcheck(_conv3x3_weight, (d, x.detach()))
+
+
+@pytest.mark.parametrize('shape', [(600, 256, 7, 7), (40, 256, 14, 14), (1, 128, 50, 68), (2, 512, 32, 33)])
+def test_float32_loses_some_roundings(shape):
+    n, c, h, w = shape
+    x, weight, dy = inputs(n, c, c, h, w)
+    x, weight = x.relu().requires_grad_(), (weight / c ** .5 / 3).requires_grad_()
+    assert _pays(x, weight)
+    wide = [o.detach().double().requires_grad_() for o in (x, weight)]
+    exact = F.conv2d(*wide, padding=1)
+    exact = exact, *torch.autograd.grad(exact, wide, dy.double())
+    ours = conv3x3(x, weight)
+    ours = ours, *torch.autograd.grad(ours, (x, weight), dy)
+    for a, b in zip(ours, exact, strict=True): assert (a.double() - b).norm() / b.norm() < 4e-6
+
+
+def test_where_it_is_used():
+    "Pyramid, RPN and both heads, by each of their 3x3 convolutions; the backbone keeps PyTorch's."
+    model = mask_rcnn(3)
+    names = [k for k, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    fast = [k for k, m in model.named_modules() if isinstance(m, Conv3x3)]
+    assert fast == [k for k in names if not k.startswith('backbone')] and len(fast) == 4 + 1 + 4 + 4
+
+
+def test_what_is_no_gradient_is_not_computed():
+    x, weight, _ = inputs(64, 128, 128, 7, 7)
+    y = conv3x3(x, weight.requires_grad_())
+    with patch.object(winograd, '_conv3x3', side_effect=AssertionError): y.sum().backward()
+    assert x.grad is None and weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf])
+def test_bad_values_stay_in_their_image(bad):
+    x, weight, _ = inputs(64, 128, 128, 7, 7)
+    x[3, 0, 2, 2] = bad
+    finite = conv3x3(x, weight).isfinite().flatten(1).all(1)
+    assert not finite[3] and finite[:3].all() and finite[4:].all()
