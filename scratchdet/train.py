@@ -8,7 +8,7 @@ __all__ = ['parse_args', 'build_detector', 'batches', 'train_step', 'claim_folde
 
 # %% ../nbs/64_train.ipynb #342cf0ae
 import argparse
-from .command import Parser, counted, make_folder, start
+from .command import Parser, counted, make_folder, nobody_reads, start
 from .recipes import Recipe, find_recipe, load_recipe, recipes, save_recipe, settings_help
 
 def _values(argv):
@@ -479,8 +479,8 @@ def main(
         sys.exit(f'scratchdet.train: {str(e).split(". ")[0]}. Give --set images_per_process= a smaller '
                  f'number, which changes no loss; {_again(args)}')
     except MainFailed: sys.exit(1)
-    except BrokenPipeError: raise  # nobody reads the line
     except (ValueError, OSError, FloatingPointError, RuntimeError, EOFError) as e:
+        if nobody_reads(e): raise
         if lost := lost_process(e): sys.exit(f'scratchdet.train: {lost}; {_again(args)}')
         if isinstance(e, (RuntimeError, EOFError)): raise
         full = getattr(e, 'errno', 0) == errno.ENOSPC
