@@ -124,9 +124,9 @@ def _(dy, x): return x.new_empty(dy.shape[1], x.shape[1], 3, 3)
 def _save(ctx, inputs, output): ctx.save_for_backward(*inputs)
 
 def _differentiate(ctx, dy):
-    x, weight = ctx.saved_tensors
-    turned = weight.flip(2, 3).transpose(0, 1)
-    return _conv3x3(dy, turned) if ctx.needs_input_grad[0] else None, _conv3x3_weight(dy, x)
+    (x, weight), (of_x, of_weight) = ctx.saved_tensors, ctx.needs_input_grad
+    dx = _conv3x3(dy, weight.flip(2, 3).transpose(0, 1)) if of_x else None
+    return dx, _conv3x3_weight(dy, x) if of_weight else None
 
 _conv3x3.register_autograd(_differentiate, setup_context=_save)
 

@@ -64,10 +64,11 @@ def test_where_it_is_used():
 
 
 def test_what_is_no_gradient_is_not_computed():
-    x, weight, _ = inputs(64, 128, 128, 7, 7)
-    y = conv3x3(x, weight.requires_grad_())
-    with patch.object(winograd, '_conv3x3', side_effect=AssertionError): y.sum().backward()
-    assert x.grad is None and weight.grad.abs().sum() > 0
+    for wanted, spared in ((1, '_conv3x3'), (0, '_conv3x3_weight')):
+        leaves = inputs(64, 128, 128, 7, 7)[:2]
+        y = conv3x3(leaves[0].requires_grad_(wanted == 0), leaves[1].requires_grad_(wanted == 1))
+        with patch.object(winograd, spared, side_effect=AssertionError): y.sum().backward()
+        assert leaves[1 - wanted].grad is None and leaves[wanted].grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize('bad', [torch.nan, torch.inf])
