@@ -32,6 +32,7 @@ from scratchdet.matcher import image_keys
 from scratchdet.norm import _group_norm, _group_norm_backward
 from scratchdet.optim import sgd
 from scratchdet.recipes import recipes, save_recipe
+from scratchdet.resnet import _max_pool, _max_pool_backward
 from scratchdet.roi_align import _roi_align, _roi_align_backward
 from scratchdet.roi_triton import use_triton
 from scratchdet.train import _for_gpu
@@ -77,6 +78,10 @@ def op_cases(args, dtype):
         result, mean, rstd = _group_norm._init_fn(*forward)
         out[name] = _group_norm, forward
         out[name + ', backward'] = _group_norm_backward, (dy, v, weight, bias, mean, rstd, result, 32, add)
+    stem = noise(2, 64, h // 2, w // 2)
+    out['max pooling'] = _max_pool, (stem,)
+    pooled, taps = _max_pool._init_fn(stem)
+    out['max pooling, backward'] = _max_pool_backward, (torch.randn_like(pooled), taps, h // 2, w // 2)
     maps, batch = [noise(2, c, -(-h // s), -(-w // s)) for s in strides], random_batch(2, args.size, args.objects, 80)
     side = 16 * (min(h, w) / 16) ** torch.rand(args.rois, 1, generator=g)
     centre = torch.rand(args.rois, 2, generator=g) * torch.tensor([w, h])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from .norm_triton import _jit, _on_gpu, _power, _register, constexpr, tl, triton
 from .nms_triton import _register_nms
+from .pool_triton import _register_pool
 from .roi_align import _format, _roi_align, _roi_align_backward
 from .mask_head import _mask_targets
 
@@ -284,7 +285,8 @@ def _can_build():
 
 def use_triton(
 )->bool: # False where Triton, a C compiler or Python's headers are missing, and the plain bodies stay
-    "Let GroupNorm, suppression, RoIAlign and mask targets run as kernels on GPUs"
+    "Let GroupNorm, pooling, suppression, RoIAlign and mask targets run as kernels on GPUs"
     able = _can_build()
-    for register in (_register, _register_nms, _register_rois) if able else (): register('cuda')
+    registers = _register, _register_pool, _register_nms, _register_rois
+    for register in registers if able else (): register('cuda')
     return able

@@ -108,7 +108,7 @@ def gpu_script(out, *words):
 def test_the_gpu_script_compares_every_op(tmp_path):
     found = gpu_script(tmp_path/'gpu.json', '--only', 'parity')
     ops = found['parity']['ops']
-    assert len(ops) == 2 * 14 and set(found) >= {'command', 'hardware', 'seconds'} and 'speed' not in found
+    assert len(ops) == 2 * 16 and set(found) >= {'command', 'hardware', 'seconds'} and 'speed' not in found
     for name, row in ops.items(): assert row['largest'] < (1e-4 if name.endswith('float32') else .02) and row['share'] < 1e-3, name
 
 
