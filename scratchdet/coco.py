@@ -357,7 +357,7 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->Path: # the new folder
     "What `python -m scratchdet.coco` does."
-    with one_line('scratchdet.coco'):
+    with one_line('scratchdet.coco', args.out):
         out = coco_subset(args.coco, args.out, args.images, args.val_images, args.seed)
     if not args.quiet: print(out)
     return out

@@ -6,7 +6,7 @@
 __all__ = ['one_line', 'nobody_reads', 'start', 'Parser', 'make_folder', 'counted']
 
 # %% ../nbs/01_command.ipynb #92123734
-import argparse, atexit, os, select, signal, sys, tempfile, threading
+import argparse, atexit, errno, os, select, signal, sys, tempfile, threading
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,12 +15,14 @@ from pathlib import Path
 @contextmanager
 def one_line(
     name:str, # of the command, such as 'scratchdet.predict'
+    out:str='', # where it writes; told when a disk is full
 ): # context manager; raises `SystemExit` in place of `ValueError` and `OSError`
     "End the program with a line where the user gave something wrong."
     try: yield
     except (ValueError, OSError) as e:
         if nobody_reads(e): raise
-        sys.exit(f'{name}: {e}')
+        full = out and getattr(e, 'errno', 0) == errno.ENOSPC
+        sys.exit(f'{name}: {e}' + f'. Make room for {out}, or write to another disk' * bool(full))
 
 # %% ../nbs/01_command.ipynb #4746e9c6
 def nobody_reads(

@@ -113,8 +113,9 @@ def caption(
 )->str: # a line
     "What is wrong in a picture."
     name, other = names[record['category_id']], near and names[near['category_id']]
+    cut = f'{int(100 * iou + 1e-6) / 100:.2f}'  # not rounded: 0.499 is below the threshold
     if not missed:
-        beside = f', IoU {iou:.2f} with {other}' if near else ''
+        beside = f', IoU {cut} with {other}' if near else ''
         return f"{name} {record['score']:.2f}: {reason(record, near, iou)}{beside}"
-    beside = f"at best {other} {near['score']:.2f}, IoU {iou:.2f}" if near else 'no detection near'
+    beside = f"at best {other} {near['score']:.2f}, IoU {cut}" if near else 'no detection near'
     return f"{name}, {record['bbox'][2]:.0f} × {record['bbox'][3]:.0f} px: {beside}"

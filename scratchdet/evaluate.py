@@ -155,16 +155,18 @@ def check_categories(
     path='the weights', # of the model file, for the message
 )->None:
     "Raise where the model's categories are not those of the annotations."
-    odd = ['number'] if model.num_classes != len(index.names) else []
-    here = dict(category_ids=index.category_ids.tolist(), category_names=list(index.names))
+    here = dict(ids=index.category_ids.tolist(), names=list(index.names))
+    odd = 'not as many' if model.num_classes != len(index.names) else ''
     for key, there in here.items():
-        known = list(model.meta.get(key, there))
-        if known != there: odd += list(map(str, sorted(set(known) ^ set(there))))[:5] or ['order']
+        known = list(model.meta.get(f'category_{key}', there))
+        apart = ', '.join(map(str, sorted(set(known) ^ set(there))[:5]))
+        some = f'only one of them has the {key} {apart}' if apart else f'the {key} have another order'
+        if known != there: odd = some
     if odd:
         knows = counted(model.num_classes, 'category', 'categories')
         raise ValueError(
-            f'{path} knows {knows}, {index.json_path} has {len(index.names)}; they differ in '
-            f'{", ".join(odd)}: give annotations with the categories of the training')
+            f'{path} knows {knows}, {index.json_path} has {len(index.names)}; {odd}: '
+            'give annotations with the categories of the training')
 
 # %% ../nbs/63_evaluate.ipynb #7b14a0c9
 def eval_scale(

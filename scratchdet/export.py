@@ -7,7 +7,7 @@ __all__ = ['parse_args', 'FixedDetector', 'plain_nms', 'export_detector', 'save_
 
 # %% ../nbs/73_export.ipynb #31028f54
 import argparse
-from .command import Parser, counted, one_line, start
+from .command import Parser, counted, make_folder, one_line, start
 
 def parse_args(
     argv:list=None, # words of the command line; those of the process by default
@@ -126,6 +126,7 @@ def _target(path):
     path = Path(path)
     if path.suffix != '.pt2': raise ValueError(f'{path}: the name of an exported model ends in .pt2')
     if not path.parent.is_dir(): raise ValueError(f'{path}: its folder does not exist')
+    make_folder(path.parent)
     return path
 
 def save_export(
@@ -145,7 +146,7 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->Path: # the file
     "What `python -m scratchdet.export` does."
-    with one_line('scratchdet.export'):
+    with one_line('scratchdet.export', args.out):
         out, model = _target(args.out), load_model(weights_file(args.weights))
         short, long = eval_scale(model.meta)
         size = args.size or bucket_shape(short, long, bucket_edges(short, long))

@@ -228,7 +228,7 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->list: # paths of the pictures
     "What `python -m scratchdet.predict` does."
-    with one_line('scratchdet.predict'):
+    with one_line('scratchdet.predict', args.out):
         device = 'cuda' if torch.cuda.is_available() and not args.cpu else 'cpu'
         model = load_model(weights_file(args.weights)).to(device)
         keep_memory()

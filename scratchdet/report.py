@@ -296,11 +296,12 @@ def gallery(
     figures = []
     for o in errors[:most]:
         near, iou = nearest(o, [row for row in others if row['image_id'] == o['image_id']])
-        image = read_image(index.path(place[o['image_id']]))
+        at = place[o['image_id']]
+        image = read_image(index.path(at))
         picture = _jpeg(image, *((near, o) if missed else (o, near)))
         text = html.escape(caption(o, near, iou, names, missed))
-        figures.append(f'<figure><img src="{picture}" alt=""><figcaption>{text}<br><small>image '
-                       f'{o["image_id"]}</small></figcaption></figure>')
+        figures.append(f'<figure><img src="{picture}" alt=""><figcaption>{text}<br><small>'
+                       f'{html.escape(index.path(at).name)}</small></figcaption></figure>')
     return f'<div class="grid small">{"".join(figures)}</div>' if figures else '<p>None.</p>'
 
 # %% ../nbs/67_report.ipynb #d966f3b3
@@ -479,7 +480,7 @@ def main(
 )->Path: # the html file
     "What `python -m scratchdet.report` does."
     device = 'cuda' if torch.cuda.is_available() and not args.cpu else 'cpu'
-    with one_line('scratchdet.report'):
+    with one_line('scratchdet.report', args.out):
         file = write_report(args.runs, args.out, args.coco, device, not args.quiet)
     if not args.quiet: print(f'{file} and {file.with_suffix(".png").name}')
     return file

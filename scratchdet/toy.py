@@ -299,7 +299,7 @@ def main(
     args:argparse.Namespace, # of `parse_args`
 )->None:
     "What `python -m scratchdet.toy` does."
-    with one_line('scratchdet.toy'):
+    with one_line('scratchdet.toy', args.out):
         made = make_toy(args.out, args.train, args.val, tuple(args.size), args.seed)
     if not args.quiet: print(made)
 

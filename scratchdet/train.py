@@ -192,8 +192,8 @@ def _resume(run):
         raise ValueError(f'{path}: it is of step {state["step"]}, and the recipe ends at step '
                          f'{run.schedule.steps}. Use another --out, or the length that the run had')
     if state.get('images') != run.images.cache.stem:
-        raise ValueError(f'{path}: {run.images.json_path} has changed since it was written. '
-                         'Put it back, or use another --out')
+        raise ValueError(f'{path}: the run began with other annotations than {run.images.json_path} has. '
+                         'Put them back, or use another --out')
     return state['step']
 
 # %% ../nbs/64_train.ipynb #1dbe9e01
@@ -368,7 +368,7 @@ def draw_predictions(
         found = {k: v[found['scores'] >= score].cpu() for k, v in found.items()}
         found = scale_detections(found, batch.sizes[0], original[0])
         i = some.image_ids.tolist().index(batch.image_ids[0])
-        image, truth, title = read_image(some.path(i)), some.target(i), f'image {some.image_ids[i]}: truth'
+        image, truth, title = read_image(some.path(i)), some.target(i), f'{some.path(i).name}: truth'
         masks = torch.from_numpy(some.bitmaps(i)).bool() if 'masks' in found else None
         draw(image, truth['boxes'], truth['labels'], None, masks, some.names, title, left)
         draw(image, **found, names=some.names, title='detections', ax=right)
