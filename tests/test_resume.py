@@ -378,7 +378,7 @@ def test_other_annotations_are_refused(toy, tmp_path, monkeypatch):
     doc = json.loads(file.read_text())
     doc['annotations'].pop()
     file.write_text(json.dumps(doc))
-    with pytest.raises(ValueError, match='instances_train2017.json has changed'): train(tiny, tmp_path/'changed', out, progress=False)
+    with pytest.raises(ValueError, match='other annotations than .*instances_train2017.json has'): train(tiny, tmp_path/'changed', out, progress=False)
 
 
 def test_a_data_set_with_other_categories_is_refused(toy, tmp_path, monkeypatch):
