@@ -68,10 +68,6 @@ class FixedDetector(nn.Module):
 # %% ../nbs/73_export.ipynb #280b1768
 def _plain_conv(x, weight): return F.conv2d(x, weight, padding=1)
 
-def _plain_pool(x):
-    y = F.max_pool2d(x, 3, 2, 1)
-    return y, torch.empty_like(y, dtype=torch.uint8)  # taps, for gradients
-
 def _plain_norm(x, weight, bias, groups, eps, residual, relu):
     y = F.group_norm(x, groups, weight, bias, eps)
     if residual is not None: y = y + residual
@@ -112,8 +108,7 @@ def export_detector(
     inputs = blank, torch.tensor([[height, width]] * images)
     ours = torch.ops.scratchdet
     plain = {ours.group_norm.default: _plain_norm, ours.nms_keep.default: plain_nms,
-             ours.roi_align.default: _roi_align._init_fn, ours.conv3x3.default: _plain_conv,
-             ours.max_pool.default: _plain_pool}
+             ours.roi_align.default: _roi_align._init_fn, ours.conv3x3.default: _plain_conv}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about torch's own future, from torchvision
         program = torch.export.export(FixedDetector(model.eval()), inputs).run_decompositions(plain)
