@@ -82,7 +82,7 @@ _max_pool.register_autograd(lambda ctx, dy, _: _max_pool_backward(dy, *ctx.saved
 def max_pool(
     x:Tensor, # (N, C, H, W)
 )->Tensor: # (N, C, ceil(H/2), ceil(W/2)) of x's dtype and memory layout
-    "`F.max_pool2d(x, 3, 2, 1)`, remembering each window's winner in one byte (arXiv 1512.03385, Tab. 1)."
+    "`F.max_pool2d(x, 3, 2, 1)`, which keeps one byte for each window on a GPU (arXiv 1512.03385, Tab. 1)."
     return F.max_pool2d(x, 3, 2, 1) if x.device.type == 'cpu' else _max_pool(x)[0]
 
 # %% ../nbs/21_resnet.ipynb #5df0e6ca
