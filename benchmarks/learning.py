@@ -4,6 +4,7 @@ Each run trains from random weights with the `demo` recipe's values, on a networ
 the order of the images and the samples.
 
     python benchmarks/learning.py --out results/learning.json
+    python benchmarks/learning.py --kinds scratchdet --precisions bf16 fp32 --out results/precision.json
 """
 import argparse
 import json
@@ -13,6 +14,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -87,7 +89,7 @@ def learn(kind, recipe, root, evaluations):
         if step + 1 in points:
             found = unseen_ap(model, recipe, unseen)
             ap.append(dict(step=step + 1, **{f'{k}_{m}': found[k][m] for k in ('bbox', 'segm') for m in ('AP', 'AP50')}))
-            print(f'{kind} seed {recipe.seed} step {step + 1}: {ap[-1]}, {seconds:.0f} s of training', flush=True)
+            print(f'{kind} {recipe.precision} seed {recipe.seed} step {step + 1}: {ap[-1]}, {seconds:.0f} s of training', flush=True)
     return dict(kind=kind, seed=recipe.seed, losses=losses, ap=ap, seconds=seconds)
 
 
@@ -100,6 +102,7 @@ def main():
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--evaluations', type=int, default=4, help='a run, the last at its end')
     p.add_argument('--kinds', nargs='+', default=['scratchdet', 'torchvision'])
+    p.add_argument('--precisions', nargs='+', choices=('bf16', 'fp32'), default=['bf16'], help='imitated, and slow, on a processor without it')
     p.add_argument('--jobs', type=int, default=2, help='runs at a time, with one thread each')
     p.add_argument('--out', type=Path, help='json file to write')
     args = p.parse_args()
@@ -109,10 +112,11 @@ def main():
         recipe = replace(recipe, epochs=args.epochs, milestones=milestones)
     with tempfile.TemporaryDirectory() as folder:
         root = make_toy(Path(folder) / 'toy', train=args.train, val=args.val)
-        todo = [(k, replace(recipe, seed=s), root, args.evaluations) for s in args.seeds for k in args.kinds]
+        arms = {f'{k} {o}' if len(args.precisions) > 1 else k: (k, o) for k in args.kinds for o in args.precisions}
+        todo = [(k, replace(recipe, seed=s, precision=o), root, args.evaluations) for s in args.seeds for k, o in arms.values()]
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-            runs = list(pool.map(learn, *zip(*todo)))
-    last = {k: [r['ap'][-1] for r in runs if r['kind'] == k] for k in args.kinds}
+            runs = [run | dict(kind=name) for run, name in zip(pool.map(learn, *zip(*todo)), cycle(arms))]
+    last = {k: [r['ap'][-1] for r in runs if r['kind'] == k] for k in arms}
     summary = {k: {m: dict(mean=statistics.mean(v := [o[m] for o in rows]), low=min(v), high=max(v)) for m in rows[0] if m != 'step'}
                for k, rows in last.items()}
     print(json.dumps(summary, indent=1))

@@ -34,7 +34,7 @@ class BoxHead(nn.Module):
         super().__init__()
         widths = [channels] + [conv_channels] * convs
         self.resolution = resolution
-        layers = [ConvNorm(a, b, 3, groups=groups, fast=True) for a, b in zip(widths, widths[1:])]
+        layers = [ConvNorm(a, b, 3, groups=groups) for a, b in zip(widths, widths[1:])]
         self.convs = nn.Sequential(*layers)
         self.fc = nn.Linear(widths[-1] * resolution ** 2, fc)
         self.cls = nn.Linear(fc, num_classes + 1)  # the last one is background

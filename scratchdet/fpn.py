@@ -40,7 +40,7 @@ class FPN(nn.Module):
         super().__init__()
         layer = partial(ConvNorm, relu=False, groups=groups)
         self.lateral = nn.ModuleList(layer(c, channels, 1) for c in in_channels)
-        self.output = nn.ModuleList(layer(channels, channels, 3, fast=True) for _ in in_channels)
+        self.output = nn.ModuleList(layer(channels, channels, 3) for _ in in_channels)
 
     def forward(self,
         features:list[Tensor], # C2..C5, (N, in_channels[l], H_l, W_l), fine to coarse

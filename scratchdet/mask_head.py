@@ -47,7 +47,7 @@ class MaskHead(nn.Module):
         super().__init__()
         widths = [channels] + [conv_channels] * convs
         self.resolution = resolution
-        layers = [ConvNorm(a, b, 3, groups=groups, fast=True) for a, b in zip(widths, widths[1:])]
+        layers = [ConvNorm(a, b, 3, groups=groups) for a, b in zip(widths, widths[1:])]
         self.convs = nn.Sequential(*layers)
         self.upsample = nn.ConvTranspose2d(widths[-1], conv_channels, 2, 2)
         self.logits = nn.Conv2d(conv_channels, num_classes, 1)

@@ -6,6 +6,8 @@
 __all__ = ['group_norm', 'GroupNorm', 'ConvNorm']
 
 # %% ../nbs/20_norm.ipynb #5159f6c0
+from math import gcd
+
 import torch
 from torch import Tensor, nn
 
@@ -30,17 +32,42 @@ def _to_channels(x, channels):
     return x.repeat_interleave(channels // x.shape[1], 1)[..., None, None]
 
 # %% ../nbs/20_norm.ipynb #d50421b8
+_block = 2**19 # values
+
+def _moments(x):
+    "Mean and variance of each channel of each image, (N, C), from one look at memory."
+    (n, c, h, w), side = x.shape, gcd(x.shape[2] * x.shape[3], max(1, 4096 // x.shape[1]))
+    if x.device.type == 'cpu' and x.numel() > n * _block and _layout(x) is torch.channels_last:
+        rows = x.permute(0, 2, 3, 1).reshape(n, h * w // side, side * c)
+        parts = rows.tensor_split(max(1, min(rows.shape[1] // 2, -(-c * h * w // _block))), 1)
+        share = torch.tensor([o.shape[1] / rows.shape[1] for o in parts], dtype=x.dtype)[:, None, None, None]
+        stats = [torch.batch_norm_update_stats(o, None, None, 0) for part in parts for o in part]
+        means, variances = (torch.stack(o).view(-1, n, side, c) for o in zip(*stats))
+        mean = (share * means).mean(2).sum(0)
+        return mean, (share * (variances + (means - mean[:, None]).square())).mean(2).sum(0)
+    parts = x.split(max(1, _block // max(1, c * h * w)))
+    means = [o.mean((2, 3), keepdim=True) for o in parts]
+    variances = [(o - m).square_().mean((2, 3)) for o, m in zip(parts, means)]
+    return torch.cat(means)[..., 0, 0], torch.cat(variances)
+
+# %% ../nbs/20_norm.ipynb #b406e036
+def _normalize(x, weight, bias, groups, eps, residual, relu, inplace=False):
+    "The result, in `x` itself if wanted, and mean and 1 / std of each group, (N, G)."
+    exact = torch.float64 if x.device.type == 'cpu' else x.dtype
+    means, variances = (o.to(exact).unflatten(1, (groups, -1)) for o in _moments(x))
+    mean = means.mean(-1)
+    rstd = ((variances + (means - mean[..., None]).square()).mean(-1) + eps).rsqrt()
+    middle, scale = (_to_channels(o, x.shape[1]) for o in (mean, rstd))  # (N, C, 1, 1)
+    scale, near = scale * weight.view(-1, 1, 1), middle.to(x.dtype)
+    y, rest = (x, middle) if inplace else (x - near, middle - near)
+    torch.addcmul((bias.view(-1, 1, 1) - rest * scale).to(x.dtype), y, scale.to(x.dtype), out=y)
+    if residual is not None: y.add_(residual)
+    return y.relu_() if relu else y, mean.to(x.dtype), rstd.to(x.dtype)
+
 @torch.library.custom_op('scratchdet::group_norm', mutates_args=())
 def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, residual: Tensor | None,
                 relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    wide, (_, c, _, _) = _wide(x), x.shape
-    mean = _group_mean(wide, groups)  # (N, G)
-    centred = wide - _to_channels(mean, c)
-    rstd = (_group_mean(centred.square(), groups) + eps).rsqrt()
-    scale = _to_channels(rstd, c) * weight.view(-1, 1, 1)  # (N, C, 1, 1)
-    y = torch.addcmul(bias.view(-1, 1, 1), centred, scale, out=centred)
-    if residual is not None: y.add_(residual)
-    if relu: y.relu_()
+    y, mean, rstd = _normalize(_wide(x), weight, bias, groups, eps, residual, relu)
     return y.to(x.dtype).contiguous(memory_format=_layout(x)), mean, rstd
 
 # %% ../nbs/20_norm.ipynb #f556814a
@@ -89,6 +116,10 @@ def _differentiate(ctx, dy, _, __):
 _group_norm.register_autograd(_differentiate, setup_context=_save)
 
 # %% ../nbs/20_norm.ipynb #a2636ae9
+def _faster_in_place(x):
+    return (x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
+            and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+
 def group_norm(
     x:Tensor, # (N, C, H, W) float32, bfloat16 or float64
     weight:Tensor, # (C,) scale per channel; float32 where `x` is bfloat16
@@ -97,10 +128,12 @@ def group_norm(
     eps:float=1e-5, # added to the variance
     residual:Tensor=None, # (N, C, H, W) of x's dtype, added before the ReLU
     relu:bool=False, # negative values become 0
+    inplace:bool=False, # x may be overwritten, and is where that is faster and no gradient is recorded
 )->Tensor: # (N, C, H, W) of x's dtype and memory layout
     "`relu(GN(x) + residual)`: GroupNorm (arXiv 1803.08494, Sec. 3) with what follows it in a network"
     if x.shape[1] % groups: raise ValueError(f'{groups} groups do not divide {x.shape[1]} channels')
-    return _group_norm(x, weight, bias, groups, eps, residual, relu)[0]
+    args = x, weight, bias, groups, eps, residual, relu
+    return _normalize(*args, inplace=True)[0] if inplace and _faster_in_place(x) else _group_norm(*args)[0]
 
 # %% ../nbs/20_norm.ipynb #601b2af3
 class GroupNorm(nn.Module):
@@ -109,10 +142,11 @@ class GroupNorm(nn.Module):
         channels:int, # C
         groups:int=32, # divides `channels`
         eps:float=1e-5, # added to the variance
+        inplace:bool=False, # what comes in may be overwritten
     ):
         super().__init__()
         if channels % groups: raise ValueError(f'{groups} groups do not divide {channels} channels')
-        self.groups, self.eps = groups, eps
+        self.groups, self.eps, self.inplace = groups, eps, inplace
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self,
@@ -121,7 +155,7 @@ class GroupNorm(nn.Module):
         relu:bool=False, # negative values become 0
     )->Tensor: # (N, C, H, W) of x's dtype
         "Normalize, add, rectify"
-        return group_norm(x, self.weight, self.bias, self.groups, self.eps, residual, relu)
+        return group_norm(x, self.weight, self.bias, self.groups, self.eps, residual, relu, self.inplace)
 
 # %% ../nbs/20_norm.ipynb #fa51fae8
 class ConvNorm(nn.Module):
@@ -134,14 +168,13 @@ class ConvNorm(nn.Module):
         *,
         relu:bool=True, # ends with a ReLU
         groups:int=32, # of the norm
-        fast:bool=False, # kernel 3 and stride 1, by `Conv3x3`
+        exact_gradient:bool=False, # of a `Conv3x3`
     ):
         super().__init__()
-        if fast and (kernel, stride) != (3, 1):
-            raise ValueError(f'no Conv3x3 of kernel {kernel}, stride {stride}')
-        if fast: self.conv = Conv3x3(c_in, c_out, bias=False)
+        if (kernel, stride) == (3, 1):
+            self.conv = Conv3x3(c_in, c_out, bias=False, exact_gradient=exact_gradient)
         else: self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
-        self.norm = GroupNorm(c_out, groups)
+        self.norm = GroupNorm(c_out, groups, inplace=True)
         self.relu = relu
 
     def forward(self,

@@ -27,7 +27,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         c_out = width * self.expansion
         self.conv1 = ConvNorm(c_in, width, 1, groups=groups)
-        self.conv2 = ConvNorm(width, width, 3, stride, groups=groups)
+        self.conv2 = ConvNorm(width, width, 3, stride, groups=groups, exact_gradient=True)
         self.conv3 = ConvNorm(width, c_out, 1, groups=groups)
         same = stride == 1 and c_in == c_out
         self.shortcut = None if same else ConvNorm(c_in, c_out, 1, stride, relu=False, groups=groups)

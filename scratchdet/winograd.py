@@ -57,37 +57,47 @@ def _plane(height, width, rim):
 # %% ../nbs/19_winograd.ipynb #4e4fc9a2
 class _Tiles:
     "Maps of height x width: whole if no side is longer than 8, else in tiles of 4 x 4."
+    most = 144  # tiles of a block
+
     def __init__(self, height, width):
         self.map, self.whole = (height, width), max(height, width) <= 8
         self.side = self.map if self.whole else (4, 4)
-        self.count = tuple(-(-s // m) for s, m in zip(self.map, self.side))
+        self.count = down, across = tuple(-(-s // m) for s, m in zip(self.map, self.side))
+        self.padded = tuple(n * m for n, m in zip(self.count, self.side))
+        self.images, self.rows = max(1, self.most // (down * across)), max(1, min(down, self.most // across))
 
-    def blocks(self, n, most=64):
+    def blocks(self, n):
         "(images, rows of tiles) of each block, as slices."
-        down, across = self.count
-        images, rows = max(1, most // (down * across)), max(1, min(down, most // across))
-        for i in range(0, n, images):
-            for j in range(0, down, rows): yield slice(i, i + images), slice(j, min(j + rows, down))
+        for i in range(0, n, self.images):
+            for j in range(0, self.count[0], self.rows):
+                yield slice(i, min(i + self.images, n)), slice(j, min(j + self.rows, self.count[0]))
 
 # %% ../nbs/19_winograd.ipynb #048633f5
-def _cut(tiles, x, block, rim):
-    "The tiles of a block of (N, H, W, C), each with a rim of 0 or 1 px: (T, pixels, C)."
-    images, rows = block
-    if tiles.whole: return x[images].flatten(1, 2)
-    (h, w), m, across = tiles.map, tiles.side[0], tiles.count[1]
-    top, below, side = rows.start * m - rim, rows.stop * m + rim, m + 2 * rim
-    part = x[images, max(top, 0):below]
-    part = F.pad(part, (0, 0, rim, across * m + rim - w, max(-top, 0), max(below - h, 0)))
-    part = part.unfold(1, side, m).unfold(2, side, m)              # (n, rows, across, C, side, side)
-    return part.permute(0, 1, 2, 4, 5, 3).reshape(-1, side * side, x.shape[3])
+def _cut(tiles, x, rim):
+    "The tiles of each block of (N, H, W, C), with a rim of 0 or 1 px: (T, pixels, C)."
+    (h, w), m, side = tiles.map, tiles.side[0], tiles.side[0] + 2 * rim
+    size = tiles.images, tiles.rows * m + 2 * rim, tiles.padded[1] + 2 * rim, x.shape[3]
+    room = None if tiles.whole else x.new_zeros(size)
+    for images, rows in tiles.blocks(len(x)):
+        if tiles.whole:
+            yield x[images].flatten(1, 2)
+            continue
+        top, below = rows.start * m - rim, rows.stop * m + rim
+        inside = x[images, max(top, 0):below]
+        part, first = room[:len(inside), :below - top], max(-top, 0)
+        last = first + inside.shape[1]
+        part[:, first:last, rim:rim + w] = inside
+        for outside in part[:, :first], part[:, last:]: outside.zero_()
+        part = part.unfold(1, side, m).unfold(2, side, m)          # (n, rows, across, C, side, side)
+        yield part.permute(0, 1, 2, 4, 5, 3).reshape(-1, side * side, x.shape[3])
 
-def _put(tiles, y, block, parts):
-    "Tiles (T, pixels, C) to their places in `y`, (N, H, W, C)."
-    (images, rows), (mh, mw), across, c = block, tiles.side, tiles.count[1], y.shape[3]
-    place = y[images, rows.start * mh:rows.stop * mh]
-    parts = parts.view(len(place), -1, across, mh, mw, c).transpose(2, 3)  # (n, rows, mh, across, mw, C)
-    whole = parts.reshape(len(place), -1, across * mw, c)
-    place.copy_(whole[:, :place.shape[1], :place.shape[2]])
+def _put(tiles, y, block, after, products):
+    "`after @ products` (P, T, K) to the places of a block in `y`, (N, *padded, K)."
+    (images, rows), (mh, mw) = block, tiles.side
+    place, after = y[images, rows.start * mh:rows.stop * mh], after.expand(products.shape[1], -1, -1)
+    if tiles.whole: return torch.bmm(after, products.transpose(0, 1), out=place.flatten(1, 2))
+    place = place.unflatten(1, (-1, mh)).unflatten(3, (-1, mw)).transpose(2, 3)
+    place.copy_(torch.bmm(after, products.transpose(0, 1)).view(place.shape))  # (n, rows, across, mh, mw, K)
 
 # %% ../nbs/19_winograd.ipynb #e700ac72
 @torch.library.custom_op('scratchdet::conv3x3', mutates_args=())
@@ -95,12 +105,13 @@ def _conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     x, tiles, (out, c) = x.permute(0, 2, 3, 1).contiguous(), _Tiles(*x.shape[2:]), weight.shape[:2]
     after, kernel, before = (o.to(x.dtype) for o in _plane(*tiles.side, not tiles.whole))
     kernels = (kernel @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(-1, c, out)   # (P, C, K)
-    y = x.new_empty(*x.shape[:3], out)
-    for block in tiles.blocks(len(x)):
-        values = before @ _cut(tiles, x, block, 1)                                      # (T, P, C)
+    y = torch.empty(len(x), out, *tiles.padded, dtype=x.dtype, memory_format=torch.channels_last)
+    for block, part in zip(tiles.blocks(len(x)), _cut(tiles, x, 1)):
+        values = before @ part                                                        # (T, P, C)
         products = torch.bmm(values.transpose(0, 1), kernels)                         # (P, T, K)
-        _put(tiles, y, block, after @ products.transpose(0, 1))
-    return y.permute(0, 3, 1, 2)
+        _put(tiles, y.permute(0, 2, 3, 1), block, after, products)
+    if tiles.padded == tiles.map: return y
+    return y[..., :tiles.map[0], :tiles.map[1]].contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/19_winograd.ipynb #810e9b1e
 @torch.library.custom_op('scratchdet::conv3x3_weight', mutates_args=())
@@ -108,8 +119,8 @@ def _conv3x3_weight(dy: Tensor, x: Tensor) -> Tensor:
     dy, x, tiles = *(o.permute(0, 2, 3, 1).contiguous() for o in (dy, x)), _Tiles(*x.shape[2:])
     after, kernel, before = (o.to(x.dtype) for o in _plane(*tiles.side, not tiles.whole))
     total = x.new_zeros(len(kernel), x.shape[3], dy.shape[3])                         # (P, C, K)
-    for block in tiles.blocks(len(x)):
-        values, grads = before @ _cut(tiles, x, block, 1), after.T @ _cut(tiles, dy, block, 0)
+    for part, grad in zip(_cut(tiles, x, 1), _cut(tiles, dy, 0)):
+        values, grads = before @ part, after.T @ grad
         total.baddbmm_(values.permute(1, 2, 0), grads.transpose(0, 1))
     dweight = (kernel.T @ total.flatten(1)).view(3, 3, x.shape[3], -1)
     return dweight.permute(3, 2, 0, 1).contiguous()
@@ -145,7 +156,7 @@ def conv3x3(
     "`F.conv2d(x, weight, bias, padding=1)`, with fewer products where that pays."
     if not _pays(x, weight): return F.conv2d(x, weight, bias, padding=1)
     y = _conv3x3(x, weight)
-    return y if bias is None else y + bias.view(-1, 1, 1)
+    return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
 # %% ../nbs/19_winograd.ipynb #e72127ee
 class Conv3x3(nn.Conv2d):
@@ -154,11 +165,14 @@ class Conv3x3(nn.Conv2d):
         c_in:int, # channels in
         c_out:int, # channels out
         bias:bool=True, # one for each channel out
+        exact_gradient:bool=False, # by the definition's products where a gradient is recorded
     ):
         super().__init__(c_in, c_out, 3, padding=1, bias=bias)
+        self.exact_gradient = exact_gradient
 
     def forward(self,
         x:Tensor, # (N, c_in, H, W)
     )->Tensor: # (N, c_out, H, W)
         "Convolve"
+        if self.exact_gradient and torch.is_grad_enabled(): return super().forward(x)
         return conv3x3(x, self.weight, self.bias)

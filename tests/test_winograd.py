@@ -24,8 +24,7 @@ def test_any_shape_in_any_blocks(n, c, k, h, w, most):
     "Forward and both gradients, whatever the blocks."
     x, weight, dy = inputs(n, c, k, h, w, torch.float64)
     leaves = [(x.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2)]
-    blocks = winograd._Tiles.blocks
-    with patch.object(winograd._Tiles, 'blocks', lambda self, n: blocks(self, n, most)):
+    with patch.object(winograd._Tiles, 'most', most):
         results = [_conv3x3(*leaves[0]), F.conv2d(*leaves[1], padding=1)]
         grads = [torch.autograd.grad(y, o, dy) for y, o in zip(results, leaves)]
     for ours, theirs in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
@@ -56,11 +55,12 @@ def test_float32_loses_some_roundings(shape):
 
 
 def test_where_it_is_used():
-    "Pyramid, RPN and both heads, by each of their 3x3 convolutions; the backbone keeps PyTorch's."
+    "All 3x3 convolutions of stride 1; where a gradient is recorded, the backbone's are PyTorch's."
     model = mask_rcnn(3)
-    names = [k for k, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    fast = [k for k, m in model.named_modules() if isinstance(m, Conv3x3)]
-    assert fast == [k for k in names if not k.startswith('backbone')] and len(fast) == 4 + 1 + 4 + 4
+    named = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    fast = [(k, m) for k, m in named if isinstance(m, Conv3x3)]
+    assert fast == [(k, m) for k, m in named if m.stride == (1, 1)] and len(fast) == 13 + 4 + 1 + 4 + 4
+    assert all(m.exact_gradient == k.startswith('backbone') for k, m in fast)
 
 
 def test_what_is_no_gradient_is_not_computed():
