@@ -1,7 +1,8 @@
 """bf16 against fp32 on the reference vectors: every loss, and the cosine of the whole gradient; torchvision's own beside.
 
 Weights and images are those of the reference files, with a hundred proposals an image; both samplers of ours keep everything, torchvision's draw the
-same anchors and RoIs in both precisions as long as the proposals are the same. A processor without bf16 imitates it, slowly.
+same anchors and RoIs in both precisions as long as the proposals are the same. All of it once for each number of threads: they sum in another order, and what
+differs by that alone is rounding. A processor without bf16 imitates it, slowly.
 
     python benchmarks/half.py --out results/half.json
 """
@@ -37,6 +38,7 @@ def compared(model, losses):
 def main():
     "Compare both models on every file of masks, print and write."
     p = parser(__doc__)
+    p.add_argument('--threads', type=int, nargs='+', default=[1, 2], help='numbers of them, one after the other')
     args = p.parse_args()
     from test_reference import FILES, Case
     machine, result = hardware(), {}
@@ -47,8 +49,12 @@ def main():
         peer = with_weights(torchvision_mask_rcnn(80, batch.images.shape[-2:], post_nms_train=100).train(), model)
         images, targets = torchvision_inputs(batch)
         both = (model, lambda: model(batch, keys)), (peer, lambda: peer([o.clone() for o in images], targets))
-        result[name] = {k: compared(*o) for k, o in zip(kinds, both)}
-        for k, o in result[name].items(): print(f"{name} {k}: losses within {o['largest_loss_difference']:.4f}, cosine {o['cosine']:.4f}", flush=True)
+        result[name] = {}
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            result[name][f'threads {threads}'] = found = {k: compared(*o) for k, o in zip(kinds, both)}
+            for k, o in found.items():
+                print(f"{name}, threads {threads}, {k}: losses within {o['largest_loss_difference']:.4f}, cosine {o['cosine']:.4f}", flush=True)
     write(args.out, dict(command=command(), hardware=machine, files=result))
 
 

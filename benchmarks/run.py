@@ -50,9 +50,9 @@ def bars(name, o):
     if name == 'cost':
         for k, v in o['series'].items(): yield f'exponent of time over {k}', v['exponent'], 1.1
     if name == 'half':
-        for k, v in o['files'].items():
-            yield f'{k}: largest difference of a loss', v['scratchdet']['largest_loss_difference'], .01
-            yield f'{k}: 1 - cosine of the gradient', 1 - v['scratchdet']['cosine'], .02
+        for k, found in ((f'{file}, {threads}', v['scratchdet']) for file, by in o['files'].items() for threads, v in by.items()):
+            yield f'{k}: largest difference of a loss', found['largest_loss_difference'], .01
+            yield f'{k}: 1 - cosine of the gradient', 1 - found['cosine'], .02
 
 
 def main():
