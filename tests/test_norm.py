@@ -99,6 +99,19 @@ def test_a_far_mean_costs_no_digits(layout):
     assert (y - exact).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('shape', [(2, 64, 128, 160), (1, 256, 100, 136), (2, 256, 64, 81), (64, 256, 7, 7)])
+def test_no_channel_moves_as_a_whole(shape, inplace):
+    "Smooth maps, in which neighbours round alike, larger and smaller than a block: the mean error of a channel's pixels is no larger than one of a pixel."
+    (n, c, h, w), g = shape, torch.Generator().manual_seed(42)
+    x = F.interpolate(torch.randn(n, c, 4, 4, generator=g), (h, w), mode='bilinear') + torch.randn(n, c, 1, 1, generator=g)
+    x = (x + .05 * torch.randn(shape, generator=g)).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.rand(c, generator=g) + .5, torch.randn(c, generator=g)
+    exact = group_norm(x.double(), weight.double(), bias.double())
+    with torch.set_grad_enabled(not inplace): error = (group_norm(x, weight, bias, inplace=inplace) - exact) / exact.std()
+    assert error.abs().max() < 1e-6 and error.mean((2, 3)).square().mean().sqrt() < 5e-8
+
+
 @pytest.mark.parametrize('x', [torch.randn(2, 16, 8, 12)[:, ::2], torch.randn(2, 8, 12, 8).transpose(2, 3),
                                torch.randn(1, 8, 1, 1).expand(2, 8, 8, 12)], ids=['sliced', 'transposed', 'expanded'])
 def test_any_strides(x):
