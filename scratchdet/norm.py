@@ -34,27 +34,35 @@ def _to_channels(x, channels):
 # %% ../nbs/20_norm.ipynb #d50421b8
 _block = 2**19 # values
 
+def _many_means(x):
+    "Means and variances of pixels from all over each map, (N, parts, C), and their shares, (parts, 1)."
+    (n, c, h, w), side = x.shape, max(1, 4096 // x.shape[1])
+    pixels, even = x.permute(0, 2, 3, 1).reshape(n, h * w, c), h * w // side * side
+    rows, rest = pixels[:, :even].reshape(n, -1, side * c), pixels[:, even:].double()
+    parts = rows.tensor_split(min(rows.shape[1], -(-c * h * w // _block)), 1)
+    stats = zip(*(torch.batch_norm_update_stats(o, None, None, 0) for part in parts for o in part))
+    means, variances = (torch.stack(o).double().view(-1, n, side, c).transpose(0, 1).flatten(1, 2)
+                        for o in stats)
+    sizes = [o.shape[1] for o in parts for _ in range(side)] + [1] * rest.shape[1]
+    share = torch.tensor(sizes, dtype=torch.float64)[:, None] / (h * w)
+    return torch.cat([means, rest], 1), torch.cat([variances, torch.zeros_like(rest)], 1), share
+
 def _moments(x):
-    "Mean and variance of each channel of each image, (N, C), from one look at memory."
-    (n, c, h, w), side = x.shape, gcd(x.shape[2] * x.shape[3], max(1, 4096 // x.shape[1]))
-    if x.device.type == 'cpu' and x.numel() > n * _block and _layout(x) is torch.channels_last:
-        rows = x.permute(0, 2, 3, 1).reshape(n, h * w // side, side * c)
-        parts = rows.tensor_split(max(1, min(rows.shape[1] // 2, -(-c * h * w // _block))), 1)
-        share = torch.tensor([o.shape[1] / rows.shape[1] for o in parts], dtype=x.dtype)[:, None, None, None]
-        stats = [torch.batch_norm_update_stats(o, None, None, 0) for part in parts for o in part]
-        means, variances = (torch.stack(o).view(-1, n, side, c) for o in zip(*stats))
-        mean = (share * means).mean(2).sum(0)
-        return mean, (share * (variances + (means - mean[:, None]).square())).mean(2).sum(0)
-    parts = x.split(max(1, _block // max(1, c * h * w)))
+    "Mean and variance of each channel of each image, (N, C); in float64 on a CPU."
+    cpu, (n, c, h, w) = x.device.type == 'cpu', x.shape
+    if cpu and x.numel() > n * max(_block, 4096) and _layout(x) is torch.channels_last:
+        means, variances, share = _many_means(x)
+        mean = (share * means).sum(1)
+        return mean, (share * (variances + (means - mean[:, None]).square())).sum(1)
+    parts = x.split(max(1, _block // max(1, c * h * w))) if cpu else [x]
     means = [o.mean((2, 3), keepdim=True) for o in parts]
     variances = [(o - m).square_().mean((2, 3)) for o, m in zip(parts, means)]
-    return torch.cat(means)[..., 0, 0], torch.cat(variances)
+    return tuple(o.double() if cpu else o for o in (torch.cat(means)[..., 0, 0], torch.cat(variances)))
 
 # %% ../nbs/20_norm.ipynb #b406e036
 def _normalize(x, weight, bias, groups, eps, residual, relu, inplace=False):
     "The result, in `x` itself if wanted, and mean and 1 / std of each group, (N, G)."
-    exact = torch.float64 if x.device.type == 'cpu' else x.dtype
-    means, variances = (o.to(exact).unflatten(1, (groups, -1)) for o in _moments(x))
+    means, variances = (o.unflatten(1, (groups, -1)) for o in _moments(x))
     mean = means.mean(-1)
     rstd = ((variances + (means - mean[..., None]).square()).mean(-1) + eps).rsqrt()
     middle, scale = (_to_channels(o, x.shape[1]) for o in (mean, rstd))  # (N, C, 1, 1)
@@ -116,9 +124,11 @@ def _differentiate(ctx, dy, _, __):
 _group_norm.register_autograd(_differentiate, setup_context=_save)
 
 # %% ../nbs/20_norm.ipynb #a2636ae9
-def _faster_in_place(x):
-    return (x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
-            and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+def _faster_in_place(x, residual):
+    "If `x` is a dense map on a CPU, and neither autograd nor a compiler is listening."
+    dense = any(x.is_contiguous(memory_format=o) for o in (torch.contiguous_format, torch.channels_last))
+    return (dense and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
+            and residual is not x and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 def group_norm(
     x:Tensor, # (N, C, H, W) float32, bfloat16 or float64
@@ -128,12 +138,13 @@ def group_norm(
     eps:float=1e-5, # added to the variance
     residual:Tensor=None, # (N, C, H, W) of x's dtype, added before the ReLU
     relu:bool=False, # negative values become 0
-    inplace:bool=False, # x may be overwritten, and is where that is faster and no gradient is recorded
+    inplace:bool=False, # x may be overwritten, and is where that is faster and gradients are off
 )->Tensor: # (N, C, H, W) of x's dtype and memory layout
     "`relu(GN(x) + residual)`: GroupNorm (arXiv 1803.08494, Sec. 3) with what follows it in a network"
     if x.shape[1] % groups: raise ValueError(f'{groups} groups do not divide {x.shape[1]} channels')
     args = x, weight, bias, groups, eps, residual, relu
-    return _normalize(*args, inplace=True)[0] if inplace and _faster_in_place(x) else _group_norm(*args)[0]
+    if inplace and _faster_in_place(x, residual): return _normalize(*args, inplace=True)[0]
+    return _group_norm(*args)[0]
 
 # %% ../nbs/20_norm.ipynb #601b2af3
 class GroupNorm(nn.Module):
@@ -159,7 +170,7 @@ class GroupNorm(nn.Module):
 
 # %% ../nbs/20_norm.ipynb #fa51fae8
 class ConvNorm(nn.Module):
-    "Convolution without bias, GroupNorm, then the sum with a residual and a ReLU where wanted"
+    "Convolution without bias, GroupNorm (in place without gradients), then a residual and a ReLU if wanted"
     def __init__(self,
         c_in:int, # channels in
         c_out:int, # channels out

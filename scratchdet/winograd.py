@@ -74,7 +74,7 @@ class _Tiles:
 
 # %% ../nbs/19_winograd.ipynb #048633f5
 def _cut(tiles, x, rim):
-    "The tiles of each block of (N, H, W, C), with a rim of 0 or 1 px: (T, pixels, C)."
+    "The tiles of each block of (N, H, W, C), with a rim of 0 or 1 px: (T, pixels, C), valid until the next."
     (h, w), m, side = tiles.map, tiles.side[0], tiles.side[0] + 2 * rim
     size = tiles.images, tiles.rows * m + 2 * rim, tiles.padded[1] + 2 * rim, x.shape[3]
     room = None if tiles.whole else x.new_zeros(size)
@@ -105,13 +105,14 @@ def _conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     x, tiles, (out, c) = x.permute(0, 2, 3, 1).contiguous(), _Tiles(*x.shape[2:]), weight.shape[:2]
     after, kernel, before = (o.to(x.dtype) for o in _plane(*tiles.side, not tiles.whole))
     kernels = (kernel @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(-1, c, out)   # (P, C, K)
-    y = torch.empty(len(x), out, *tiles.padded, dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty(len(x), out, *tiles.padded, dtype=x.dtype, device=x.device,
+                    memory_format=torch.channels_last)
     for block, part in zip(tiles.blocks(len(x)), _cut(tiles, x, 1)):
         values = before @ part                                                        # (T, P, C)
         products = torch.bmm(values.transpose(0, 1), kernels)                         # (P, T, K)
         _put(tiles, y.permute(0, 2, 3, 1), block, after, products)
     if tiles.padded == tiles.map: return y
-    return y[..., :tiles.map[0], :tiles.map[1]].contiguous(memory_format=torch.channels_last)
+    return y[..., :tiles.map[0], :tiles.map[1]].clone(memory_format=torch.channels_last)
 
 # %% ../nbs/19_winograd.ipynb #810e9b1e
 @torch.library.custom_op('scratchdet::conv3x3_weight', mutates_args=())

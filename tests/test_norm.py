@@ -91,25 +91,26 @@ def test_bfloat16_statistics_are_float32():
 
 
 @pytest.mark.parametrize('layout', layouts)
-def test_a_far_mean_costs_no_digits(layout):
+@pytest.mark.parametrize('size', [16, 151])
+def test_a_far_mean_costs_no_digits(layout, size):
     "ATen's kernel for channels last takes E[x²] - E[x]²; ours must not."
-    x = (1000 + torch.randn(1, 64, 16, 16, generator=torch.Generator().manual_seed(0)))
+    x = (1000 + torch.randn(1, 64, size, size, generator=torch.Generator().manual_seed(0)))
     exact = reference(x, torch.ones(64), torch.zeros(64), 32)
     y = group_norm(x.contiguous(memory_format=layouts[layout]), torch.ones(64), torch.zeros(64))
     assert (y - exact).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize('inplace', [False, True])
-@pytest.mark.parametrize('shape', [(2, 64, 128, 160), (1, 256, 100, 136), (2, 256, 64, 81), (64, 256, 7, 7)])
+@pytest.mark.parametrize('shape', [(2, 64, 128, 160), (1, 256, 100, 136), (2, 256, 64, 81), (1, 64, 151, 201), (1, 96, 128, 160), (1, 192, 64, 65), (64, 256, 7, 7)])
 def test_no_channel_moves_as_a_whole(shape, inplace):
     "Smooth maps, in which neighbours round alike, larger and smaller than a block: the mean error of a channel's pixels is no larger than one of a pixel."
     (n, c, h, w), g = shape, torch.Generator().manual_seed(42)
     x = F.interpolate(torch.randn(n, c, 4, 4, generator=g), (h, w), mode='bilinear') + torch.randn(n, c, 1, 1, generator=g)
     x = (x + .05 * torch.randn(shape, generator=g)).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.rand(c, generator=g) + .5, torch.randn(c, generator=g)
-    exact = group_norm(x.double(), weight.double(), bias.double())
+    exact = reference(x, weight, bias, 32)
     with torch.set_grad_enabled(not inplace): error = (group_norm(x, weight, bias, inplace=inplace) - exact) / exact.std()
-    assert error.abs().max() < 1e-6 and error.mean((2, 3)).square().mean().sqrt() < 5e-8
+    assert error.abs().max() < 1e-6 and error.mean((2, 3)).square().mean().sqrt() < (5e-8 if inplace else 3.5e-8)
 
 
 @pytest.mark.parametrize('x', [torch.randn(2, 16, 8, 12)[:, ::2], torch.randn(2, 8, 12, 8).transpose(2, 3),
