@@ -34,35 +34,33 @@ def _to_channels(x, channels):
 # %% ../nbs/20_norm.ipynb #d50421b8
 _block = 2**19 # values
 
-def _many_means(x):
-    "Means and variances of pixels from all over each map, (N, parts, C), and their shares, (parts, 1)."
+def _joined(x):
+    "`_moments` of large channels last maps: of parts with many sums side by side, and of pixels left over."
     (n, c, h, w), side = x.shape, max(1, 4096 // x.shape[1])
     pixels, even = x.permute(0, 2, 3, 1).reshape(n, h * w, c), h * w // side * side
-    rows, rest = pixels[:, :even].reshape(n, -1, side * c), pixels[:, even:].double()
+    rows, left = pixels[:, :even].reshape(n, -1, side * c), pixels[:, even:]
     parts = rows.tensor_split(min(rows.shape[1], -(-c * h * w // _block)), 1)
-    stats = zip(*(torch.batch_norm_update_stats(o, None, None, 0) for part in parts for o in part))
-    means, variances = (torch.stack(o).double().view(-1, n, side, c).transpose(0, 1).flatten(1, 2)
-                        for o in stats)
-    sizes = [o.shape[1] for o in parts for _ in range(side)] + [1] * rest.shape[1]
-    share = torch.tensor(sizes, dtype=torch.float64)[:, None] / (h * w)
-    return torch.cat([means, rest], 1), torch.cat([variances, torch.zeros_like(rest)], 1), share
+    share = torch.tensor([o.shape[1] * side / h / w for o in parts], dtype=x.dtype)[:, None, None, None]
+    stats = [torch.batch_norm_update_stats(o, None, None, 0) for part in parts for o in part]
+    means, variances = (torch.stack(o).view(-1, n, side, c) for o in zip(*stats))
+    mean = (share * means).mean(2).sum(0) + left.sum(1) / (h * w)
+    within = (share * (variances + (means - mean[:, None]).square())).mean(2).sum(0)
+    return mean, within + (left - mean[:, None]).square().sum(1) / (h * w)
 
 def _moments(x):
-    "Mean and variance of each channel of each image, (N, C); in float64 on a CPU."
+    "Mean and variance of each channel of each image, (N, C)."
     cpu, (n, c, h, w) = x.device.type == 'cpu', x.shape
-    if cpu and x.numel() > n * max(_block, 4096) and _layout(x) is torch.channels_last:
-        means, variances, share = _many_means(x)
-        mean = (share * means).sum(1)
-        return mean, (share * (variances + (means - mean[:, None]).square())).sum(1)
+    if cpu and x.numel() > n * max(_block, 4096) and _layout(x) is torch.channels_last: return _joined(x)
     parts = x.split(max(1, _block // max(1, c * h * w))) if cpu else [x]
     means = [o.mean((2, 3), keepdim=True) for o in parts]
     variances = [(o - m).square_().mean((2, 3)) for o, m in zip(parts, means)]
-    return tuple(o.double() if cpu else o for o in (torch.cat(means)[..., 0, 0], torch.cat(variances)))
+    return torch.cat(means)[..., 0, 0], torch.cat(variances)
 
 # %% ../nbs/20_norm.ipynb #b406e036
 def _normalize(x, weight, bias, groups, eps, residual, relu, inplace=False):
     "The result, in `x` itself if wanted, and mean and 1 / std of each group, (N, G)."
-    means, variances = (o.unflatten(1, (groups, -1)) for o in _moments(x))
+    exact = torch.float64 if x.device.type == 'cpu' else x.dtype
+    means, variances = (o.to(exact).unflatten(1, (groups, -1)) for o in _moments(x))
     mean = means.mean(-1)
     rstd = ((variances + (means - mean[..., None]).square()).mean(-1) + eps).rsqrt()
     middle, scale = (_to_channels(o, x.shape[1]) for o in (mean, rstd))  # (N, C, 1, 1)
