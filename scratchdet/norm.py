@@ -6,8 +6,6 @@
 __all__ = ['group_norm', 'GroupNorm', 'ConvNorm']
 
 # %% ../nbs/20_norm.ipynb #5159f6c0
-from math import gcd
-
 import torch
 from torch import Tensor, nn
 
