@@ -126,7 +126,7 @@ def parity(args):
 def reference_losses(args):
     "Losses of the reference files in fp32, against the files, and in bf16; the cosine of both gradients. None without the files."
     sys.path.append(str(Path(__file__).parents[1] / 'tests'))
-    from half import losses_and_gradient
+    from half import compared
     from test_reference import FILES, Case
     root = Path(os.environ.get('SCRATCHDET_REFERENCE', Path(__file__).parents[2] / 'shared/reference'))
     if args.small or not root.is_dir(): return None
@@ -135,9 +135,7 @@ def reference_losses(args):
         case = Case(name)
         model, batch = case.model.train().to(args.device), on_device(case.batch, args.device)
         keys, model.rpn.post_nms_topk = image_keys(0, 0, batch.image_ids), (100, 100)
-        (full, a), (half, b) = (losses_and_gradient(model, lambda: model(batch, keys), o, args.device) for o in (False, True))
-        out[name] = dict(fp32=full, bf16=half, largest_loss_difference=max(abs(half[k] / full[k] - 1) for k in full if full[k]),
-                         cosine=torch.cosine_similarity(a, b, 0).item())
+        out[name] = compared(model, lambda: model(batch, keys), args.device)
         print(name, out[name]['largest_loss_difference'], out[name]['cosine'], flush=True)
     return out
 

@@ -1,13 +1,15 @@
 """bf16 against fp32 on the reference vectors: every loss, and the cosine of the whole gradient; torchvision's own beside.
 
 Weights and images are those of the reference files, with a hundred proposals an image; both samplers of ours keep everything, torchvision's draw the
-same anchors and RoIs in both precisions as long as the proposals are the same. All of it once for each number of threads: they sum in another order, and what
-differs by that alone is rounding. A processor without bf16 imitates it, slowly.
+same anchors and RoIs in both precisions as long as the proposals are the same. All of it once for each number of threads, which sum in another order, and on the
+images as they are and with noise of one grey level: what differs by that alone is the noise of rounding, its mean over the draws is what bf16 shifts.
+A processor without bf16 imitates it, slowly: twenty minutes.
 
     python benchmarks/half.py --out results/half.json
 """
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -28,34 +30,56 @@ def losses_and_gradient(model, losses, bf16, device='cpu'):
     return {k: v.item() for k, v in out.items()}, torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 
 
-def compared(model, losses):
+def compared(model, losses, device='cpu'):
     "Both precisions, the largest relative difference of a loss, and the cosine."
-    (full, a), (half, b) = (losses_and_gradient(model, losses, o) for o in (False, True))
+    (full, a), (half, b) = (losses_and_gradient(model, losses, o, device) for o in (False, True))
     return dict(fp32=full, bf16=half, largest_loss_difference=max(abs(half[k] / full[k] - 1) for k in full if full[k]),
                 cosine=torch.cosine_similarity(a, b, 0).item())
+
+
+def noisy(images, draw):
+    "Each value of `images` (uint8) a grey level less, the same or one more; draw 0 leaves them as they are."
+    if not draw: return images
+    noise = torch.randint(-1, 2, images.shape, generator=torch.Generator().manual_seed(draw))
+    return (images.int() + noise).clamp(0, 255).byte()
+
+
+def over_draws(found):
+    "Each loss's relative differences over the draws (of a loss that is never zero): mean, root mean square, largest size; the lowest cosine."
+    losses = {}
+    for k in (k for k in found[0]['fp32'] if all(o['fp32'][k] for o in found)):
+        far = [o['bf16'][k] / o['fp32'][k] - 1 for o in found]
+        losses[k] = dict(mean=fmean(far), rms=fmean(v * v for v in far) ** .5, largest=max(map(abs, far)))
+    return dict(draws=found, losses=losses, lowest_cosine=min(o['cosine'] for o in found))
 
 
 def main():
     "Compare both models on every file of masks, print and write."
     p = parser(__doc__)
     p.add_argument('--threads', type=int, nargs='+', default=[1, 2], help='numbers of them, one after the other')
+    p.add_argument('--draws', type=int, default=9, help='of noise on the images; the first is none')
     args = p.parse_args()
     from test_reference import FILES, Case
     machine, result = hardware(), {}
     for name in (o for o in FILES if o.startswith('mask')):
         case = Case(name)
-        batch, model = case.batch, case.model.train()
+        batch, model, pixels = case.batch, case.model.train(), case.batch.images
         keys, model.rpn.post_nms_topk = image_keys(0, 0, batch.image_ids), (100, 100)
-        peer = with_weights(torchvision_mask_rcnn(80, batch.images.shape[-2:], post_nms_train=100).train(), model)
-        images, targets = torchvision_inputs(batch)
-        both = (model, lambda: model(batch, keys)), (peer, lambda: peer([o.clone() for o in images], targets))
+        peer = with_weights(torchvision_mask_rcnn(80, pixels.shape[-2:], post_nms_train=100).train(), model)
+        both = (model, lambda: model(batch, keys)), (peer, lambda: peer(*torchvision_inputs(batch)))
         result[name] = {}
         for threads in args.threads:
             torch.set_num_threads(threads)
-            result[name][f'threads {threads}'] = found = {k: compared(*o) for k, o in zip(kinds, both)}
-            for k, o in found.items():
-                print(f"{name}, threads {threads}, {k}: losses within {o['largest_loss_difference']:.4f}, cosine {o['cosine']:.4f}", flush=True)
-    write(args.out, dict(command=command(), hardware=machine, files=result))
+            found = {k: [] for k in kinds}
+            for draw in range(args.draws):
+                batch.images = noisy(pixels, draw)
+                for k, o in zip(kinds, both): found[k].append(compared(*o))
+            result[name][f'threads {threads}'] = rows = {k: over_draws(v) for k, v in found.items()}
+            for k, o in rows.items():
+                as_it_is, means, noise = o['draws'][0], *(max(abs(v[m]) for v in o['losses'].values()) for m in ('mean', 'rms'))
+                print(f"{name}, threads {threads}, {k}: losses within {as_it_is['largest_loss_difference']:.4f}, cosine {as_it_is['cosine']:.4f}; "
+                      f"over {args.draws} draws: mean {means:.4f}, rms {noise:.4f}, lowest cosine {o['lowest_cosine']:.4f}", flush=True)
+    write(args.out, dict(command=command(), hardware=machine, draws=args.draws, files=result))
 
 
 if __name__ == '__main__': main()

@@ -51,8 +51,10 @@ def bars(name, o):
         for k, v in o['series'].items(): yield f'exponent of time over {k}', v['exponent'], 1.1
     if name == 'half':
         for k, found in ((f'{file}, {threads}', v['scratchdet']) for file, by in o['files'].items() for threads, v in by.items()):
-            yield f'{k}: largest difference of a loss', found['largest_loss_difference'], .01
-            yield f'{k}: 1 - cosine of the gradient', 1 - found['cosine'], .02
+            yield f'{k}: largest difference of a loss', found['draws'][0]['largest_loss_difference'], .01
+            for m in ('mean', 'rms'):
+                yield f'{k}: {m} over draws of a loss, the largest', max(abs(o[m]) for o in found['losses'].values()), .01
+            yield f'{k}: 1 - lowest cosine of the gradient', 1 - found['lowest_cosine'], .02
 
 
 def main():

@@ -85,6 +85,22 @@ def test_half_precision_is_compared_on_losses_and_gradient():
     assert 0 < found['largest_loss_difference'] < .05 and .99 < found['cosine'] < 1
 
 
+def test_draws_of_noise_move_a_value_by_one_at_most():
+    from half import noisy
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert noisy(images, 0) is images
+    far = noisy(images, 1).int() - images.int()
+    assert far.abs().max() == 1 and not far.equal(noisy(images, 2).int() - images.int())
+
+
+def test_the_mean_over_draws_keeps_the_sign():
+    from half import over_draws
+    draws = [dict(fp32=dict(a=2., none=0.), bf16=dict(a=v, none=0.), cosine=c) for v, c in ((2.2, .9), (1.8, .7), (2.2, .8))]
+    found = over_draws(draws)
+    assert found['losses'].keys() == {'a'}
+    assert found['losses']['a'] == pytest.approx(dict(mean=.1 / 3, rms=.1, largest=.1)) and found['lowest_cosine'] == .7
+
+
 @pytest.mark.long
 def test_one_command_runs_everything(tmp_path):
     from run import bars, parts
