@@ -1,7 +1,7 @@
 """scratchdet's Mask R-CNN and torchvision's of the same parts learn the same toy set: same batches, steps, schedule, optimizer.
 
 Each run trains from random weights with the `demo` recipe's values, on a network twice as wide, and is evaluated on 200 unseen images; seeds change the weights,
-the order of the images and the samples.
+the order of the images and the samples. A file that is there already is added to: its runs stay, and are not repeated.
 
     python benchmarks/learning.py --out results/learning.json
     python benchmarks/learning.py --kinds scratchdet --precisions bf16 fp32 --out results/precision.json
@@ -14,7 +14,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -93,8 +92,27 @@ def learn(kind, recipe, root, evaluations):
     return dict(kind=kind, seed=recipe.seed, losses=losses, ap=ap, seconds=seconds)
 
 
+def kept(out, setup):
+    "The runs that the file holds already, which must be of this setup and of this processor and PyTorch."
+    if not (out and out.exists()): return []
+    there, here = json.loads(out.read_text()), hardware()
+    same = all(json.dumps(there.get(k)) == json.dumps(v) for k, v in setup.items())
+    if not same or any(there['hardware'][k] != here[k] for k in ('cpu', 'torch')):
+        raise SystemExit(f'{out} holds runs of another setup, processor or torch: name another file with --out')
+    return there['runs']
+
+
+def summary(runs):
+    "Mean, lowest and highest of each measure in the last evaluations of each kind."
+    found = {}
+    for k in dict.fromkeys(o['kind'] for o in runs):
+        rows = [o['ap'][-1] for o in runs if o['kind'] == k]
+        found[k] = {m: dict(mean=statistics.mean(v := [o[m] for o in rows]), low=min(v), high=max(v)) for m in rows[0] if m != 'step'}
+    return found
+
+
 def main():
-    "Run every model with every seed; print the means and write all curves."
+    "Run every model with every seed; write all curves after each run, print the means."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--epochs', type=int, help="of the demo recipe's schedule, shortened in proportion")
     p.add_argument('--train', type=int, default=1000, help='images to learn from')
@@ -113,15 +131,14 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         root = make_toy(Path(folder) / 'toy', train=args.train, val=args.val)
         arms = {f'{k} {o}' if len(args.precisions) > 1 else k: (k, o) for k in args.kinds for o in args.precisions}
-        todo = [(k, replace(recipe, seed=s, precision=o), root, args.evaluations) for s in args.seeds for k, o in arms.values()]
+        runs = kept(args.out, setup := dict(recipe=vars(recipe), train=args.train, val=args.val, evaluations=args.evaluations))
+        wanted = [(name, s) for s in args.seeds for name in arms if (name, s) not in {(o['kind'], o['seed']) for o in runs}]
+        todo = [(arms[name][0], replace(recipe, seed=s, precision=arms[name][1]), root, args.evaluations) for name, s in wanted]
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-            runs = [run | dict(kind=name) for run, name in zip(pool.map(learn, *zip(*todo)), cycle(arms))]
-    last = {k: [r['ap'][-1] for r in runs if r['kind'] == k] for k in arms}
-    summary = {k: {m: dict(mean=statistics.mean(v := [o[m] for o in rows]), low=min(v), high=max(v)) for m in rows[0] if m != 'step'}
-               for k, rows in last.items()}
-    print(json.dumps(summary, indent=1))
-    write(args.out, dict(command=command(), hardware=hardware(), jobs=args.jobs, recipe=vars(recipe), train=args.train, val=args.val,
-                         runs=runs, summary=summary))
+            for run, (name, _) in zip(pool.map(learn, *zip(*todo)) if todo else (), wanted):
+                runs.append(run | dict(kind=name))
+                write(args.out, dict(command=command(), hardware=hardware(), jobs=args.jobs, **setup, runs=runs, summary=summary(runs)))
+    print(json.dumps(summary(runs), indent=1))
 
 
 if __name__ == '__main__': main()

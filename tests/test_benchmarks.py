@@ -101,6 +101,20 @@ def test_the_mean_over_draws_keeps_the_sign():
     assert found['losses']['a'] == pytest.approx(dict(mean=.1 / 3, rms=.1, largest=.1)) and found['lowest_cosine'] == .7
 
 
+def test_a_study_keeps_the_runs_it_has(tmp_path):
+    from common import hardware
+    from learning import kept, summary
+    runs = [dict(kind=k, seed=s, ap=[dict(step=9, bbox_AP=v)]) for k, s, v in (('a', 0, .25), ('a', 1, .75), ('b', 0, .5))]
+    assert summary(runs) == dict(a=dict(bbox_AP=dict(mean=.5, low=.25, high=.75)), b=dict(bbox_AP=dict(mean=.5, low=.5, high=.5)))
+    out, setup = tmp_path/'study.json', dict(recipe=dict(blocks=(1, 1)), train=8)
+    assert kept(None, setup) == kept(out, setup) == []
+    out.write_text(json.dumps(dict(**setup, hardware=hardware(), runs=runs)))
+    assert kept(out, setup) == runs
+    with pytest.raises(SystemExit, match='study.json holds runs of another setup'): kept(out, dict(setup, train=9))
+    out.write_text(json.dumps(dict(**setup, hardware=dict(hardware(), cpu='another'), runs=runs)))
+    with pytest.raises(SystemExit, match='processor'): kept(out, setup)
+
+
 @pytest.mark.long
 def test_one_command_runs_everything(tmp_path):
     from run import bars, parts
