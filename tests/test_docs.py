@@ -166,15 +166,34 @@ def test_names_become_links(docs):
     for text in '`main`', '`nobody`', '# `box_iou`', '[`box_iou`](there)', '```\n`box_iou`\n```': assert names.linked(text, boxes) == text
 
 
+def test_what_a_name_means_depends_on_the_page(docs):
+    "An argument of a function of the page, `start`, is no function of another one; a function and the module of another page need a link by hand."
+    nbs, names = docs.get_config().nbs_path, docs.Names(docs.nbglob(as_path=True))
+    loader, commands, detector = nbs/'12_loader.ipynb', nbs/'80___main__.ipynb', nbs/'50_detector.ipynb'
+    assert names.linked('`start`', loader) == '`start`' and 'command.start' in names.linked('`start`', detector)
+    for page in commands, nbs/'67_report.ipynb': assert names.linked('`report`', page) == '`report`'
+    assert names.linked('`report`', nbs/'66_plan.ipynb') == '[`report`](#plan.report)'
+    assert 'plan.plan' in names.linked('`plan`', commands)  # one page has both
+    good = '[`report`](67_report.ipynb) `plan` `nobody` `report.md`\n```\n`report`\n```'
+    assert names.doubtful(good, commands) == [] and names.doubtful(good + ' `report` `report()`', commands) == ['report']
+    assert docs.unclear(names) == []
+
+
+def test_arguments_are_found(docs):
+    code = 'def f(a, *b, c=1, **d): return [lambda e: 1]\nclass G:\n    h:int\n    i = 2\n    def j(self, k): l = 3'
+    assert docs.arguments(docs.mk_cell(code, 'code')) == {*'abcdehk', 'self'}
+
+
 def test_no_public_name_stays_without_a_link(docs):
-    "What a text says in backticks leads to its cell, on every page."
+    "What a text says in backticks leads to its cell, on every page; what a page has for an argument, leads there by hand."
     names, linked, missing = docs.Names(docs.nbglob(as_path=True)), 0, []
     for path in names.modules:
         for cell in (o for o in docs.page(path, names).cells if o.cell_type == 'markdown'):
             text = re.sub(r'^```.*?^```|^#.*?$', '', cell.source, flags=re.S | re.M)
             said = re.findall(r'(\[?)`([A-Za-z_][\w.]*)(?:\([^`]*\))?`', text)
             linked += sum(bool(bracket) for bracket, name in said if name in names.places)
-            missing += [f'{path.name}: {name}' for bracket, name in said if len(names.places.get(name, [])) == 1 and not bracket]
+            missing += [f'{path.name}: {name}' for bracket, name in said if len(names.places.get(name, [])) == 1
+                        and not bracket and name not in names.arguments[path]]
     assert linked > 10 and not missing
 
 

@@ -111,12 +111,20 @@ def defined(cell):
     return [patch_name(o) for o in cell.parsed_() or [] if isinstance(o, definition) and not o.name.startswith('_')]
 
 
+def arguments(cell):
+    "Names of the arguments of a cell's functions, and of the fields of its classes."
+    nodes = [n for o in cell.parsed_() or [] for n in ast.walk(o)]
+    fields = {f.target.id for n in nodes if isinstance(n, ast.ClassDef) for f in n.body if isinstance(f, ast.AnnAssign)}
+    return fields | {n.arg for n in nodes if isinstance(n, ast.arg)}
+
+
 class Names:
     "Where each public name is explained: its page, and the heading over its cell. The anchor is `module.name`."
     def __init__(self, paths):
-        self.places, self.modules = {}, {}
+        self.places, self.modules, self.arguments = {}, {}, {}
         for path in paths:
             cells = [o for o in read_nb(path).cells if o.cell_type == 'code']
+            self.arguments[path] = set().union(*map(arguments, cells))
             module = next((o[1] for o in (re.search(r'#\|\s*default_exp\s+(\S+)', c.source) for c in cells) if o), None)
             self.modules[path] = module
             for name in (n for c in cells for n in defined(c)): self.places.setdefault(name, []).append(path)
@@ -126,11 +134,23 @@ class Names:
         anchor = f'#{self.modules[path]}.{name}' if path in self.places.get(name, []) else ''
         return ('' if path == page else os.path.relpath(path, page.parent)) + anchor
 
+    def meant(self, name, page):
+        "Pages that a name can mean: its own if it is defined there, none for an argument; a function and another page's module are two."
+        paths = self.places.get(name) or self.pages(name)
+        if page in paths: return [page]
+        if name in self.arguments[page]: return []
+        return [*paths, *(o for o in self.pages(f'{get_config().lib_name}.{name}') if paths and o not in paths)]
+
     def link(self, name, page):
         "Link from a page to where the name is explained, or None: the name is unknown or, like `main`, explained on several other pages."
-        paths = self.places.get(name) or self.pages(name)
-        if page in paths: paths = [page]
+        paths = self.meant(name, page)
         return self.address(paths[0], name, page) or None if len(paths) == 1 else None
+
+    def doubtful(self, text, page):
+        "Names in backticks without a link that mean a function of one page or the module of another."
+        plain = re.sub(r'^```.*?^```|^#.*?$|\[[^\]\n]*\]\([^)\n]*\)', '', text, flags=re.S | re.M)
+        said = set(re.findall(r'`(\w+)(?:\([^`]*\))?`', plain))
+        return sorted(o for o in said if len(self.places.get(o, [])) == 1 and len(self.meant(o, page)) > 1)
 
     def pages(self, module):
         "The page of `package.module`, in a list; none for what is not ours."
@@ -309,10 +329,17 @@ def build(to):
     print(f'the site is in {to}, built in {time.time() - start:.0f} s: open {to/"index.html"}')
 
 
+def unclear(names):
+    "Names in the texts of the notebooks that a reader could take for two things, one line each."
+    texts = [(p, c.source) for p in names.modules for c in read_nb(p).cells if c.cell_type == 'markdown']
+    return [f'{p.name}: `{o}` is on two pages, link it to one' for p, text in texts for o in names.doubtful(text, p)]
+
+
 def check():
-    "Every page is built from its notebook, no option is unknown, no link leads nowhere, nothing needs the network."
+    "Every page is built from its notebook, no option is unknown, no link leads nowhere, no name means two things, nothing needs the network."
     if not renderer(): return print('the site is not checked: smalldocs needs Python 3.11')
-    with tempfile.TemporaryDirectory() as folder: found = faults(render(Path(folder).resolve()/'site'))
+    found = unclear(Names(nbglob(as_path=True).sorted()))
+    with tempfile.TemporaryDirectory() as folder: found += faults(render(Path(folder).resolve()/'site'))
     if found: sys.exit('\n'.join([*found, f'{len(found)} faults in the site']))
     print('no fault in the site')
 
