@@ -202,6 +202,7 @@ def _cost_rows(recipe, c):
     yield '', f"activations {m['activations'] / 1e9:.2f} GB for {n} x {usual} px, from fake tensors;"
     yield '', f"{m['activations_mixed'] / 1e9:.2f} GB for {n} x {mixed} px, if a batch mixes orientations;"
     yield '', "work space of the libraries comes on top"
+    if recipe.graphs: yield '', 'and the activations once more, while a GPU records a new shape'
     yield 'traffic', f"{c['traffic'] / 1e6:,.1f} MB sent by each process in a step, and as much received"
 
 # %% ../nbs/66_plan.ipynb #0f9810dd
