@@ -10,7 +10,7 @@ from torch import nn
 
 from scratchdet.boxes import nms_keep
 from scratchdet.detector import faster_rcnn, mask_rcnn
-from scratchdet.export import main, parse_args, plain_nms
+from scratchdet.export import FixedDetector, export_detector, main, parse_args, plain_nms
 from scratchdet.init import init_detector
 from scratchdet.weights import save_model
 
@@ -60,6 +60,24 @@ def test_it_finds_what_the_model_finds(make, tmp_path):
             assert valid.sum() == counts[-1] and torch.equal(found['labels'][i, valid], one['labels'])
             for k in one.keys() - {'labels'}: torch.testing.assert_close(found[k][i, valid], one[k], rtol=0, atol=1e-4)
     assert counts[2] == counts[6] == counts[7] == 0 and sum(o > 0 for o in counts) >= 3
+
+
+def ours(program): return {str(o.target).removesuffix('.default') for o in program.graph.nodes if str(o.target).startswith('scratchdet')}
+
+
+def test_every_operation_of_ours_is_replaced():
+    "At the widths of a real model, whose 3x3 convolutions are operations of ours too: all four are in the graph at first, none is in the end."
+    g = torch.Generator().manual_seed(7)
+    model = init_detector(mask_rcnn(5, **small | dict(channels=128)), g).eval()
+    nn.init.normal_(model.box_head.cls.weight, std=.3, generator=g)
+    inputs = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8, generator=g), torch.tensor([[64, 96]])
+    with torch.no_grad(): noted = torch.export.export(FixedDetector(model), inputs)
+    assert ours(noted) == {f'scratchdet.{o}' for o in ('conv3x3', 'group_norm', 'nms_keep', 'roi_align')}
+    program = export_detector(model, 64, 96)
+    assert ours(program) == set() and any('conv2d' in str(o.target) for o in program.graph.nodes)
+    with torch.inference_mode(): found, wanted = program.module()(*inputs), FixedDetector(model)(*inputs)
+    assert wanted['valid'].any() and torch.equal(found['labels'], wanted['labels'])
+    for k in wanted: torch.testing.assert_close(found[k], wanted[k], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('seed', range(20))
