@@ -9,7 +9,7 @@ __all__ = ['group_norm', 'GroupNorm', 'ConvNorm']
 import torch
 from torch import Tensor, nn
 
-from .winograd import Conv3x3
+from .winograd import Conv3x3, _forward_mode
 
 # %% ../nbs/20_norm.ipynb #6ef17502
 def _layout(x):
@@ -120,12 +120,20 @@ def _differentiate(ctx, dy, _, __):
 _group_norm.register_autograd(_differentiate, setup_context=_save)
 
 # %% ../nbs/20_norm.ipynb #a2636ae9
+def _watched(*modules):
+    "If a forward hook sees what these modules get or return."
+    every = torch.nn.modules.module
+    hooks = [every._global_forward_hooks, every._global_forward_pre_hooks]
+    return any(hooks + [o for m in modules for o in (m._forward_hooks, m._forward_pre_hooks)])
+
 def _faster_in_place(x, residual):
     "If `x` is a dense map on a CPU, and neither autograd nor a compiler is listening."
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != 'cpu': return False
     dense = any(x.is_contiguous(memory_format=o) for o in (torch.contiguous_format, torch.channels_last))
-    return (dense and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64)
-            and residual is not x and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+    shared = residual is not None and residual.untyped_storage()._cdata == x.untyped_storage()._cdata
+    return dense and not shared and x.dtype in (torch.float32, torch.float64)
 
+# %% ../nbs/20_norm.ipynb #6872e852
 def group_norm(
     x:Tensor, # (N, C, H, W) float32, bfloat16 or float64
     weight:Tensor, # (C,) scale per channel; float32 where `x` is bfloat16
@@ -137,7 +145,12 @@ def group_norm(
     inplace:bool=False, # x may be overwritten, and is where that is faster and gradients are off
 )->Tensor: # (N, C, H, W) of x's dtype and memory layout
     "`relu(GN(x) + residual)`: GroupNorm (arXiv 1803.08494, Sec. 3) with what follows it in a network"
-    if x.shape[1] % groups: raise ValueError(f'{groups} groups do not divide {x.shape[1]} channels')
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f'x must be (N, C, H, W) of a floating type, not {tuple(x.shape)} {x.dtype}')
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f'{groups} groups do not divide {x.shape[1]} channels')
+    if _forward_mode():
+        raise NotImplementedError('group_norm has no derivative in forward mode: use backward')
     args = x, weight, bias, groups, eps, residual, relu
     if inplace and _faster_in_place(x, residual): return _normalize(*args, inplace=True)[0]
     return _group_norm(*args)[0]
@@ -149,20 +162,21 @@ class GroupNorm(nn.Module):
         channels:int, # C
         groups:int=32, # divides `channels`
         eps:float=1e-5, # added to the variance
-        inplace:bool=False, # what comes in may be overwritten
     ):
         super().__init__()
-        if channels % groups: raise ValueError(f'{groups} groups do not divide {channels} channels')
-        self.groups, self.eps, self.inplace = groups, eps, inplace
+        if groups < 1 or channels % groups:
+            raise ValueError(f'{groups} groups do not divide {channels} channels')
+        self.groups, self.eps = groups, eps
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self,
         x:Tensor, # (N, C, H, W)
         residual:Tensor=None, # (N, C, H, W) added before the ReLU
         relu:bool=False, # negative values become 0
+        inplace:bool=False, # x may be overwritten
     )->Tensor: # (N, C, H, W) of x's dtype
         "Normalize, add, rectify"
-        return group_norm(x, self.weight, self.bias, self.groups, self.eps, residual, relu, self.inplace)
+        return group_norm(x, self.weight, self.bias, self.groups, self.eps, residual, relu, inplace)
 
 # %% ../nbs/20_norm.ipynb #fa51fae8
 class ConvNorm(nn.Module):
@@ -181,7 +195,7 @@ class ConvNorm(nn.Module):
         if (kernel, stride) == (3, 1):
             self.conv = Conv3x3(c_in, c_out, bias=False, exact_gradient=exact_gradient)
         else: self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
-        self.norm = GroupNorm(c_out, groups, inplace=True)
+        self.norm = GroupNorm(c_out, groups)
         self.relu = relu
 
     def forward(self,
@@ -189,4 +203,4 @@ class ConvNorm(nn.Module):
         residual:Tensor=None, # (N, c_out, ceil(H/stride), ceil(W/stride))
     )->Tensor: # (N, c_out, ceil(H/stride), ceil(W/stride))
         "Convolve, normalize, add, rectify"
-        return self.norm(self.conv(x), residual, self.relu)
+        return self.norm(self.conv(x), residual, self.relu, inplace=not _watched(self.conv, self.norm))

@@ -143,11 +143,16 @@ def _differentiate(ctx, dy):
 _conv3x3.register_autograd(_differentiate, setup_context=_save)
 
 # %% ../nbs/19_winograd.ipynb #83efc41d
+def _forward_mode():
+    "If derivatives are computed in forward mode, where a custom op counts as a constant."
+    return torch.autograd.forward_ad._current_level >= 0
+
 def _pays(x, weight):
-    "If this convolution is on a CPU, in float32, wide and large enough."
-    return (x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
-            and not torch.is_autocast_enabled('cpu')
-            and min(weight.shape[:2]) >= 128 and x.shape[0] * x.shape[2] * x.shape[3] >= 2048)
+    "If this convolution is one of maps on a CPU, in float32, wide and large enough."
+    return (x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.dim() == 4
+            and not torch.is_autocast_enabled('cpu') and not _forward_mode()
+            and x.shape[1] == weight.shape[1] and min(weight.shape[:2]) >= 128
+            and x.shape[0] * x.shape[2] * x.shape[3] >= 2048)
 
 def conv3x3(
     x:Tensor, # (N, C, H, W)
@@ -157,7 +162,7 @@ def conv3x3(
     "`F.conv2d(x, weight, bias, padding=1)`, with fewer products where that pays."
     if not _pays(x, weight): return F.conv2d(x, weight, bias, padding=1)
     y = _conv3x3(x, weight)
-    return y if bias is None else y.add_(bias.view(-1, 1, 1))
+    return y if bias is None else y.add_(bias.view(len(weight), 1, 1))
 
 # %% ../nbs/19_winograd.ipynb #e72127ee
 class Conv3x3(nn.Conv2d):

@@ -4,6 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from scratchdet.norm import ConvNorm, GroupNorm, _group_norm, _group_norm_backward, group_norm
+from scratchdet.resnet import max_pool
+from scratchdet.roi_align import roi_align
 
 layouts = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
@@ -167,3 +169,29 @@ def test_padding_changes_the_function_and_a_single_value_normalizes_to_the_bias(
     assert not torch.allclose(norm(F.pad(x, (0, 4)))[..., :8], norm(x), atol=1e-2)
     pixel = group_norm(torch.randn(3, 32, 1, 1), torch.ones(32), torch.full((32,), 2.))
     torch.testing.assert_close(pixel, torch.full_like(pixel, 2), atol=1e-4, rtol=0)
+
+
+def test_forward_mode_is_refused_not_taken_for_zero():
+    x, weight = torch.randn(2, 8, 6, 6), torch.ones(8)
+    with pytest.raises(NotImplementedError, match='group_norm has no derivative in forward mode'):
+        torch.func.jvp(lambda o: group_norm(o, weight, weight, 2), (x,), (x,))
+    maps, roi = [torch.randn(1, 4, 64 // s, 64 // s) for s in (1, 2, 4, 8)], torch.tensor([[0., 1, 1, 30, 30]])
+    with pytest.raises(NotImplementedError, match='roi_align has no derivative in forward mode'):
+        torch.func.jvp(lambda o: roi_align([o, *maps[1:]], roi, 7), (maps[0],), (maps[0],))
+    pooled, tangent = torch.func.jvp(max_pool, (x,), (x,))
+    assert torch.equal(pooled, tangent)
+
+
+@pytest.mark.parametrize('watch', ['convolution', 'norm', 'everything'])
+def test_what_a_hook_keeps_is_not_overwritten(watch):
+    brick, x, kept = ConvNorm(8, 16, 1, groups=4), torch.randn(2, 8, 6, 6), []
+    with torch.no_grad(): expected = brick(x)
+    def after(module, given, got):
+        if module is brick.conv: kept.append(got)
+    hook = {'convolution': lambda: brick.conv.register_forward_hook(after),
+            'norm': lambda: brick.norm.register_forward_pre_hook(lambda module, given: kept.append(given[0])),
+            'everything': lambda: torch.nn.modules.module.register_module_forward_hook(after)}[watch]()
+    with hook, torch.no_grad(): y = brick(x)
+    assert len(kept) == 1 and torch.equal(kept[0], brick.conv(x))
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad(): assert torch.equal(brick(x), expected)

@@ -77,3 +77,13 @@ def test_bad_values_stay_in_their_image(bad):
     x[3, 0, 2, 2] = bad
     finite = conv3x3(x, weight).isfinite().flatten(1).all(1)
     assert not finite[3] and finite[:3].all() and finite[4:].all()
+
+
+def test_forward_mode_and_one_image_are_pytorchs():
+    x, weight, _ = inputs(2, 128, 128, 40, 40)
+    def derivative(f): return torch.func.jvp(lambda o: f(o, weight), (x,), (x + 1,))
+    for ours, theirs in zip(derivative(conv3x3), derivative(lambda o, w: F.conv2d(o, w, padding=1)), strict=True):
+        assert torch.equal(ours, theirs) and ours.any()
+    assert _pays(x, weight) and torch.equal(conv3x3(x[0], weight), F.conv2d(x[0], weight, padding=1))
+    with pytest.raises(RuntimeError, match='channels'): conv3x3(x[:, 1:], weight)
+    with pytest.raises(RuntimeError): conv3x3(x, weight, torch.ones(1))
