@@ -112,4 +112,7 @@ def nms_keep(
     thresh:float, # a box goes when its IoU with a better one is above this
 )->Tensor: # (N, P) bool, True for the boxes that stay
     "Greedy non-maximum suppression of each image and group, as a mask."
+    if not boxes.shape[:2] == scores.shape == groups.shape == valid.shape:
+        raise ValueError(f'scores, groups and valid must be (N, P) for boxes {tuple(boxes.shape)}, not '
+                         + ', '.join(str(tuple(o.shape)) for o in (scores, groups, valid)))
     return _nms_keep(boxes, scores, groups, valid, thresh)
