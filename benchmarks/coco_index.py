@@ -5,7 +5,6 @@ a hundred. Each measurement runs in a process of its own; the file lies in the p
 
     python benchmarks/coco_index.py --out results/coco_index.json
 """
-import argparse
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from common import command, hardware, own_peak, write
+from common import command, hardware, own_peak, parser, write
 
 sizes = np.array([[480, 640], [640, 480], [427, 640], [640, 427], [375, 500], [500, 375], [612, 612], [360, 640]])
 
@@ -169,13 +168,9 @@ def measured(name, folder, count):
 
 def main():
     "Write the file, measure all, print and write the numbers."
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--images', type=int, default=118287)
-    p.add_argument('--annotations', type=int, default=860001)
-    p.add_argument('--read', type=int, default=20000, help='images that two workers read together')
-    p.add_argument('--repeats', type=int, default=5, help='of opening the index')
+    p = parser(__doc__, images=(118287, 'images of the drawn file'), annotations=(860001, 'its objects'),
+               read=(20000, 'images that two workers read together'), repeats=(5, 'of opening the index'))
     p.add_argument('--folder', type=Path, help='for the drawn file, kept; default a temporary one')
-    p.add_argument('--out', type=Path, help='json file to write')
     p.add_argument('--one', help='run one measurement on the file in --folder')
     args = p.parse_args()
     if args.one:

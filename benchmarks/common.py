@@ -10,6 +10,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from scratchdet.command import make_folder
+
 
 def hardware():
     "What the run ran on; `load` is what waited for its cores at the start."
@@ -78,11 +80,30 @@ def against(seconds, ours, theirs):
                 median={k: statistics.median(seconds[k]) for k in (ours, theirs)})
 
 
+def whole(text):
+    "The value of an option that counts something."
+    if int(text) < 1: raise argparse.ArgumentTypeError(f'{text} is less than 1')
+    return int(text)
+
+
+def out_folder(text):
+    "The value of an option that names a folder to write to; it is made, or refused, before the work."
+    try: return make_folder(text)
+    except OSError as e: raise argparse.ArgumentTypeError(e)
+
+
+def out_file(text):
+    "The value of an option that names a file to write; its folder is made, or refused, before the work."
+    out_folder(Path(text).parent)
+    if Path(text).is_dir(): raise argparse.ArgumentTypeError(f'{text} is a folder: name a file')
+    return Path(text)
+
+
 def parser(doc, **numbers):
-    "A command line with `--out`, and an integer option for each of `numbers`: (default, help)."
+    "A command line with `--out`, and an option that counts for each of `numbers`: (default, help)."
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (default, text) in numbers.items(): p.add_argument(f'--{name}', type=int, default=default, help=f'{text} ({default})')
-    p.add_argument('--out', type=Path, help='json file to write')
+    for name, (default, text) in numbers.items(): p.add_argument(f'--{name}', type=whole, default=default, help=f'{text} ({default})')
+    p.add_argument('--out', type=out_file, help='json file to write')
     return p
 
 

@@ -219,7 +219,8 @@ def compare(root, args):
 
 def main():
     "Compare, print and write; the exit status is 1 where tables differ."
-    p = parser(__doc__, images=(5000, 'images'), detections=(100, 'detections of an image'), seed=(0, 'of what is drawn'))
+    p = parser(__doc__, images=(5000, 'images'), detections=(100, 'detections of an image'))
+    p.add_argument('--seed', type=int, default=0, help='of what is drawn (0)')
     p.add_argument('--count', action='store_true', help='only count, here and with pycocotools: a few minutes')
     p.add_argument('--worker', type=Path, help='evaluate this data set, as one of the processes')
     p.add_argument('--original', type=Path, help='count with pycocotools')

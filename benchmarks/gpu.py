@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import command, hardware, parser, write
+from common import command, hardware, parser, whole, write
 from parts import Clock, forward_flops, time_ours
 from peer import torchvision_inputs, torchvision_mask_rcnn
 from scratchdet.boxes import _nms_keep
@@ -323,9 +323,9 @@ def settings():
                repeats=(20, 'steps or calls that are timed'), minutes=(10, 'of each training'))
     p.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
     p.add_argument('--small', action='store_true', help='toy size')
-    p.add_argument('--size', type=int, nargs=2, default=(800, 1216), help='height and width, px')
-    p.add_argument('--images', type=int, nargs='+', default=[1, 2, 4, 8, 16], help='images of a step')
-    p.add_argument('--toy', type=int, nargs=2, default=(2000, 200), help='images to train on and to evaluate')
+    p.add_argument('--size', type=whole, nargs=2, default=(800, 1216), help='height and width, px')
+    p.add_argument('--images', type=whole, nargs='+', default=[1, 2, 4, 8, 16], help='images of a step')
+    p.add_argument('--toy', type=whole, nargs=2, default=(2000, 200), help='images to train on and to evaluate')
     p.add_argument('--only', nargs='+', choices=every, default=list(every), help='these parts alone')
     p.add_argument('--coco', type=Path, help='folder in COCO layout to overfit')
     args = p.parse_args()

@@ -13,7 +13,7 @@ from statistics import fmean
 
 import torch
 
-from common import command, hardware, parser, write
+from common import command, hardware, parser, whole, write
 from peer import torchvision_inputs, torchvision_mask_rcnn
 from scratchdet.matcher import image_keys
 from train_step import kinds, with_weights
@@ -55,9 +55,8 @@ def over_draws(found):
 
 def main():
     "Compare both models on every file of masks, print and write."
-    p = parser(__doc__)
-    p.add_argument('--threads', type=int, nargs='+', default=[1, 2], help='numbers of them, one after the other')
-    p.add_argument('--draws', type=int, default=9, help='of noise on the images; the first is none')
+    p = parser(__doc__, draws=(9, 'of noise on the images; the first is none'))
+    p.add_argument('--threads', type=whole, nargs='+', default=[1, 2], help='numbers of them, one after the other')
     args = p.parse_args()
     from test_reference import FILES, Case
     machine, result = hardware(), {}

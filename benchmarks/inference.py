@@ -7,7 +7,7 @@ gains by it, torchvision's as it does by default, in fp32. Each has a process of
 """
 import torch
 
-from common import Apart, against, command, hardware, parser, take_turns, write
+from common import Apart, against, command, hardware, parser, take_turns, whole, write
 from peer import torchvision_mask_rcnn
 from scratchdet.detector import mask_rcnn
 from scratchdet.init import init_detector
@@ -34,7 +34,7 @@ def build(kind, size, short, long):
 def main():
     "Time both in turn, print and write."
     p = parser(__doc__, short=(800, 'short side for the network, px'), long=(1333, 'longest side, px'), repeats=(5, 'of each'))
-    p.add_argument('--size', type=int, nargs=2, default=(480, 640), help='height and width of the image, px')
+    p.add_argument('--size', type=whole, nargs=2, default=(480, 640), help='height and width of the image, px')
     args = p.parse_args()
     machine, both = hardware(), {k: Apart(build, k, args.size, args.short, args.long) for k in kinds}
     result = against(take_turns(both, args.repeats), *kinds)

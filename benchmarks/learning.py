@@ -6,7 +6,6 @@ the order of the images and the samples. A file that is there already is added t
     python benchmarks/learning.py --out results/learning.json
     python benchmarks/learning.py --kinds scratchdet --precisions bf16 fp32 --out results/precision.json
 """
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common import command, hardware, write
+from common import command, hardware, parser, whole, write
 from peer import AsDetector, torchvision_mask_rcnn
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.detector import mask_rcnn
@@ -113,21 +112,18 @@ def summary(runs):
 
 def main():
     "Run every model with every seed; write all curves after each run, print the means."
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--epochs', type=int, help="of the demo recipe's schedule, shortened in proportion")
-    p.add_argument('--train', type=int, default=1000, help='images to learn from')
-    p.add_argument('--val', type=int, default=200, help='unseen images')
+    p = parser(__doc__, train=(1000, 'images to learn from'), val=(200, 'unseen images'), evaluations=(4, 'of a run, the last at its end'),
+               jobs=(2, 'runs at a time, with one thread each'))
+    p.add_argument('--epochs', type=whole, help="of the demo recipe's schedule, shortened in proportion")
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--evaluations', type=int, default=4, help='a run, the last at its end')
     p.add_argument('--kinds', nargs='+', default=['scratchdet', 'torchvision'])
     p.add_argument('--precisions', nargs='+', choices=('bf16', 'fp32'), default=['bf16'], help='imitated, and slow, on a processor without it')
-    p.add_argument('--jobs', type=int, default=2, help='runs at a time, with one thread each')
-    p.add_argument('--out', type=Path, help='json file to write')
     args = p.parse_args()
     recipe = replace(recipes['demo'], width=64, channels=96)
     if args.epochs:
         milestones = tuple(round(o * args.epochs / recipe.epochs) for o in recipe.milestones)
-        recipe = replace(recipe, epochs=args.epochs, milestones=milestones)
+        try: recipe = replace(recipe, epochs=args.epochs, milestones=milestones)
+        except ValueError as e: p.error(f'--epochs {args.epochs}: {e}')
     with tempfile.TemporaryDirectory() as folder:
         root = make_toy(Path(folder) / 'toy', train=args.train, val=args.val)
         arms = {f'{k} {o}' if len(args.precisions) > 1 else k: (k, o) for k in args.kinds for o in args.precisions}

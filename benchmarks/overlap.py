@@ -108,7 +108,8 @@ def evaluation(root, args):
 def main():
     "Measure, print and write."
     p = parser(__doc__, images=(5000, 'images'), detections=(100, 'detections of an image'), width=(64, 'of the network'),
-               repeats=(5, 'of each'), seed=(0, 'of what is drawn'))
+               repeats=(5, 'of each'))
+    p.add_argument('--seed', type=int, default=0, help='of what is drawn (0)')
     args = p.parse_args()
     torch.set_num_threads(1)
     result = dict(command=command(), hardware=hardware(), parts={})

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d, roi_align
 
-from common import hardware, write
+from common import hardware, out_file, out_folder, whole, write
 from learning import both_splits, training, unseen_ap
 from scratchdet.anchors import Anchors
 from scratchdet.box_head import BoxHead
@@ -234,22 +234,26 @@ def study(name, out, root, args):
     write(out, doc)
 
 
+def out_path(text):
+    "The value of `--out`: a json file, or a folder for several."
+    return out_file(text) if Path(text).suffix else out_folder(text)
+
+
 def main(argv=None):
     "Run the named studies, one after the other."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('names', nargs='+', choices=list(studies), metavar='NAME', help=', '.join(studies))
-    p.add_argument('--out', type=Path, required=True, help='json file to write; for several studies a folder')
+    p.add_argument('--out', type=out_path, required=True, help='json file to write; for several studies a folder')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--unit', type=int, default=640, help='images of a 1x schedule (default: 640)')
-    p.add_argument('--train', type=int, default=400, help='images to learn from (default: 400)')
-    p.add_argument('--val', type=int, default=100, help='unseen images (default: 100)')
-    p.add_argument('--crops', type=int, default=1000, help='other images whose objects the classifier sees (default: 1000)')
+    p.add_argument('--unit', type=whole, default=640, help='images of a 1x schedule (default: 640)')
+    p.add_argument('--train', type=whole, default=400, help='images to learn from (default: 400)')
+    p.add_argument('--val', type=whole, default=100, help='unseen images (default: 100)')
+    p.add_argument('--crops', type=whole, default=1000, help='other images whose objects the classifier sees (default: 1000)')
     args = p.parse_args(argv)
     names = 'seeds', 'unit', 'train', 'val', 'crops'
     args.changed = ''.join(f' --{k} {str(v).strip("[]").replace(",", "")}' for k in names if (v := getattr(args, k)) != p.get_default(k))
     if len(args.names) > 1 and args.out.suffix: p.error(f'--out {args.out}: several studies need a folder')
     torch.set_num_threads(1)
-    (args.out.parent if args.out.suffix else args.out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         root = make_toy(Path(folder) / 'toy', train=args.train, val=args.val, size=(recipe.short_sides[0], recipe.long_side))
         for name in args.names: study(name, args.out if args.out.suffix else args.out / f'{name}.json', root, args)

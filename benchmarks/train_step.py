@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import Apart, against, command, hardware, parser, take_turns, write
+from common import Apart, against, command, hardware, parser, take_turns, whole, write
 from parts import Clock, forward_flops, machine_limits, time_ours, time_theirs
 from peer import torchvision_inputs, torchvision_mask_rcnn
 from scratchdet.detector import mask_rcnn
@@ -119,7 +119,7 @@ def measure(args):
 def main():
     "Time both models in turn in each precision; print and write medians."
     p = parser(__doc__, images=(2, 'images'), objects=(8, 'objects an image'), rois=(512, 'sampled RoIs an image'), repeats=(5, 'of each'))
-    p.add_argument('--size', type=int, nargs=2, default=(512, 640), help='height and width, px')
+    p.add_argument('--size', type=whole, nargs=2, default=(512, 640), help='height and width, px')
     args = p.parse_args()
     machine = hardware()
     write(args.out, dict(command=command(), hardware=machine, **measure(args)))

@@ -36,6 +36,34 @@ def test_a_function_of_another_process():
     with pytest.raises(EOFError): broken()
 
 
+def test_what_counts_something_is_at_least_one(capsys):
+    from common import parser
+    p = parser('', images=(2, 'images'))
+    assert p.parse_args([]).images == 2 and p.parse_args(['--images', '1']).images == 1
+    for bad, told in (('0', '--images: 0 is less than 1'), ('-3', '-3 is less than 1'), ('x', "invalid whole value: 'x'")):
+        with pytest.raises(SystemExit): p.parse_args(['--images', bad])
+        assert told in capsys.readouterr().err
+
+
+def test_what_is_written_has_its_folder_before_the_work(tmp_path, capsys):
+    from common import parser
+    from studies import out_path
+    made = parser('').parse_args(['--out', f'{tmp_path}/new/one.json']).out
+    assert made == out_path(str(made)) == tmp_path/'new/one.json' and made.parent.is_dir() and not made.exists()
+    assert out_path(f'{tmp_path}/several').is_dir()
+    made.touch()
+    for bad, told in ((made.parent, 'is a folder: name a file'), (made/'two.json', 'one.json is a file: give a folder')):
+        with pytest.raises(SystemExit): parser('').parse_args(['--out', str(bad)])
+        assert told in capsys.readouterr().err
+
+
+def test_a_schedule_that_cannot_be_shortened_so_far(monkeypatch, capsys):
+    from learning import main
+    monkeypatch.setattr(sys, 'argv', ['learning.py', '--epochs', '1'])
+    with pytest.raises(SystemExit) as told: main()
+    assert told.value.code == 2 and '--epochs 1: recipe demo: milestones=(1, 1) must be rising' in capsys.readouterr().err
+
+
 def test_a_clock_counts_nothing_twice():
     from parts import Clock, labels, timed
     def inner(): time.sleep(.02)
