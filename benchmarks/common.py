@@ -13,15 +13,33 @@ from pathlib import Path
 from scratchdet.command import make_folder
 
 
+def running(seconds=.5, looks=10):
+    "How many threads run or wait for a core besides this one, on average from now on; the load average would count what has ended."
+    found = []
+    for _ in range(looks):
+        time.sleep(seconds / looks)
+        with open('/proc/stat') as f: found.append(next(int(o.split()[1]) for o in f if o.startswith('procs_running')) - 1)
+    return statistics.fmean(found)
+
+
 def hardware():
-    "What the run ran on; `load` is what waited for its cores at the start."
+    "What the run runs on; `load` is what else wants its cores now."
     import torch
 
     from scratchdet.optim import usable_precision
+    load = round(running(), 1)
     with open('/proc/cpuinfo') as f: name = next((o.split(':')[1].strip() for o in f if o.startswith('model name')), platform.machine())
     return dict(cpu=name, cores=os.cpu_count(), threads=torch.get_num_threads(), instructions=torch.backends.cpu.get_cpu_capability(),
-                bf16=usable_precision('bf16', 'cpu') == 'bf16', load=round(os.getloadavg()[0], 1),
+                bf16=usable_precision('bf16', 'cpu') == 'bf16', load=load,
                 **{o: version(o) for o in ('torch', 'torchvision', 'accelerate', 'hotcoco', 'pycocotools')})
+
+
+def hardware_to_time():
+    "`hardware`, before something is timed; other work is told on stderr."
+    found = hardware()
+    if found['load'] > found['cores'] / 2:
+        print(f"load {found['load']} on {found['cores']} cores: other work makes these times long and scattered", file=sys.stderr, flush=True)
+    return found
 
 
 def own_peak():
@@ -97,6 +115,11 @@ def out_file(text):
     out_folder(Path(text).parent)
     if Path(text).is_dir(): raise argparse.ArgumentTypeError(f'{text} is a folder: name a file')
     return Path(text)
+
+
+def spread(ratios):
+    "Their median, lowest and highest in words."
+    return f'{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})'
 
 
 def parser(doc, **numbers):

@@ -8,7 +8,7 @@ import statistics
 
 import numpy as np
 
-from common import command, hardware, parser, seconds_of, write
+from common import command, hardware_to_time, parser, seconds_of, write
 from scratchdet.matcher import image_keys
 from scratchdet.optim import keep_memory, sgd, usable_precision
 from scratchdet.recipes import recipes
@@ -50,7 +50,7 @@ def main():
     p.add_argument('--recipe', default='demo', choices=recipes, help='whose model is timed')
     args = p.parse_args()
     keep_memory()
-    machine, result, size = hardware(), {}, (args.side, args.side * 5 // 4)
+    machine, result, size = hardware_to_time(), {}, (args.side, args.side * 5 // 4)
     for what, values in series.items():
         seconds = walk(recipes[args.recipe], what, values, args.repeats, size)
         x = [a * b for a, b in values] if what == 'area' else list(values)

@@ -23,7 +23,7 @@ from pycocotools import mask as coco_mask
 from torch import nn
 from torchvision.io import write_jpeg
 
-from common import command, hardware, own_peak, parser, write
+from common import command, hardware_to_time, own_peak, parser, write
 
 from scratchdet.coco import coco_split, load_index
 from scratchdet.detector import scale_detections
@@ -203,7 +203,7 @@ def counted(root, images, detections, seed=0):
 
 def compare(root, args):
     "Generate, evaluate in one and in two processes, count with pycocotools, compare."
-    machine, rng = hardware(), np.random.default_rng(args.seed)
+    machine, rng = hardware_to_time(), np.random.default_rng(args.seed)
     truth = make_truth(root, args.images, rng)
     np.savez(root/'detections.npz', **make_detections(truth, args.detections, rng))
     load_index(*coco_split(root, 'val'))
@@ -230,7 +230,7 @@ def main():
     if args.worker: return worker(args.worker, args.to)
     if args.original: return original(args.original, args.to)
     with tempfile.TemporaryDirectory() as root:
-        if args.count: result = dict(command=command(), hardware=hardware(), **counted(Path(root), args.images, args.detections, args.seed))
+        if args.count: result = dict(command=command(), hardware=hardware_to_time(), **counted(Path(root), args.images, args.detections, args.seed))
         else: result = compare(Path(root), args)
     print(json.dumps(result, indent=1))
     write(args.out, result)

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import command, hardware, parser, whole, write
+from common import command, hardware_to_time, parser, whole, write
 from parts import Clock, forward_flops, time_ours
 from peer import torchvision_inputs, torchvision_mask_rcnn
 from scratchdet.boxes import _nms_keep
@@ -337,7 +337,7 @@ def settings():
 def main():
     "Each part in turn; the file after each."
     args = settings()
-    here = dict(hardware={k: v for k, v in hardware().items() if k != 'load'}, images_size=list(args.size), small=args.small, device=args.device, kernels=use_triton())
+    here = dict(hardware={k: v for k, v in hardware_to_time().items() if k != 'load'}, images_size=list(args.size), small=args.small, device=args.device, kernels=use_triton())
     if args.device == 'cuda': here['gpu'] = dict(name=torch.cuda.get_device_name(), count=torch.cuda.device_count(), cuda=torch.version.cuda)
     found = json.loads(args.out.read_text()) if args.out and args.out.exists() else here
     if other := [k for k, v in here.items() if found.get(k) != v]: sys.exit(f'{args.out}: measured with another {", ".join(other)}; give another --out')

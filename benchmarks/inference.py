@@ -7,7 +7,7 @@ gains by it, torchvision's as it does by default, in fp32. Each has a process of
 """
 import torch
 
-from common import Apart, against, command, hardware, parser, take_turns, whole, write
+from common import Apart, against, command, hardware_to_time, parser, spread, take_turns, whole, write
 from peer import torchvision_mask_rcnn
 from scratchdet.detector import mask_rcnn
 from scratchdet.init import init_detector
@@ -36,11 +36,11 @@ def main():
     p = parser(__doc__, short=(800, 'short side for the network, px'), long=(1333, 'longest side, px'), repeats=(5, 'of each'))
     p.add_argument('--size', type=whole, nargs=2, default=(480, 640), help='height and width of the image, px')
     args = p.parse_args()
-    machine, both = hardware(), {k: Apart(build, k, args.size, args.short, args.long) for k in kinds}
+    machine, both = hardware_to_time(), {k: Apart(build, k, args.size, args.short, args.long) for k in kinds}
     result = against(take_turns(both, args.repeats), *kinds)
     found = {k: do() for k, do in both.items()}
     peak = {k: o.end() for k, o in both.items()}
-    print(f"inference: ratio {result['ratio']:.3f}, seconds {result['median']}, detections {found}, peak GB {peak}")
+    print(f"inference: ratio {spread(result['ratios'])}, seconds {result['median']}, detections {found}, peak GB {peak}")
     write(args.out, dict(command=command(), hardware=machine, precision=usable_precision('bf16', 'cpu'), size=list(args.size), short=args.short, long=args.long, detections=found, peak_gb=peak, **result))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common import command, hardware, parser, whole, write
+from common import command, hardware, hardware_to_time, parser, whole, write
 from peer import AsDetector, torchvision_mask_rcnn
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.detector import mask_rcnn
@@ -124,6 +124,7 @@ def main():
         milestones = tuple(round(o * args.epochs / recipe.epochs) for o in recipe.milestones)
         try: recipe = replace(recipe, epochs=args.epochs, milestones=milestones)
         except ValueError as e: p.error(f'--epochs {args.epochs}: {e}')
+    machine = hardware_to_time()
     with tempfile.TemporaryDirectory() as folder:
         root = make_toy(Path(folder) / 'toy', train=args.train, val=args.val)
         arms = {f'{k} {o}' if len(args.precisions) > 1 else k: (k, o) for k in args.kinds for o in args.precisions}
@@ -133,7 +134,7 @@ def main():
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
             for run, (name, _) in zip(pool.map(learn, *zip(*todo)) if todo else (), wanted):
                 runs.append(run | dict(kind=name))
-                write(args.out, dict(command=command(), hardware=hardware(), jobs=args.jobs, **setup, runs=runs, summary=summary(runs)))
+                write(args.out, dict(command=command(), hardware=machine, jobs=args.jobs, **setup, runs=runs, summary=summary(runs)))
     print(json.dumps(summary(runs), indent=1))
 
 

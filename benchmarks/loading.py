@@ -15,7 +15,7 @@ import torch
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from common import against, command, hardware, parser, take_turns, write
+from common import against, command, hardware_to_time, parser, spread, take_turns, write
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.loader import _scaled, plan_epoch, train_loader
 from scratchdet.toy import make_toy
@@ -61,7 +61,7 @@ def main():
     p = parser(__doc__, images=(64, 'images to read'), batch=(2, 'images a batch'), repeats=(5, 'of each'))
     args = p.parse_args()
     torch.set_num_threads(1)
-    machine = hardware()
+    machine = hardware_to_time()
     with tempfile.TemporaryDirectory() as folder:
         split = coco_split(files(Path(folder), args.images), 'train')
         index = training_images(load_index(*split, cache=folder))
@@ -72,7 +72,7 @@ def main():
         drawn = np.repeat(index.sizes, 500, axis=0)
     rate = {k: len(index) / statistics.median(v) for k, v in seconds.items()}
     pads = waste(drawn, 16)
-    print(f"loading: ratio {result['ratio']:.3f}, images a second {rate}\n{pads}")
+    print(f"loading: ratio {spread(result['ratios'])}, images a second {rate}\n{pads}")
     write(args.out, dict(command=command(), hardware=machine, images=len(index), objects=int(sum(len(index.target(i)['rows']) for i in range(len(index)))),
                          images_per_second=rate, padding=pads, **result))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import command, hardware, parser, seconds_of, write
+from common import command, hardware_to_time, parser, seconds_of, write
 from evaluation import Stored, make_detections, make_truth
 
 from scratchdet.behind import Behind
@@ -112,7 +112,7 @@ def main():
     p.add_argument('--seed', type=int, default=0, help='of what is drawn (0)')
     args = p.parse_args()
     torch.set_num_threads(1)
-    result = dict(command=command(), hardware=hardware(), parts={})
+    result = dict(command=command(), hardware=hardware_to_time(), parts={})
     with tempfile.TemporaryDirectory() as root:
         for name, do in dict(checkpoint=checkpoint, evaluation=evaluation).items():
             result[name], result['parts'][name] = do(Path(root), args)

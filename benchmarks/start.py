@@ -15,7 +15,7 @@ import torch
 from torchvision.io import write_jpeg
 
 from coco_index import write_coco
-from common import command, hardware, parser, seconds_of, write
+from common import command, hardware_to_time, parser, seconds_of, write
 
 commands = 'train', 'evaluate', 'predict', 'checkpoints', 'plan', 'report'
 first_step = """
@@ -59,7 +59,7 @@ def main():
     "Time all, print and write."
     p = parser(__doc__, images=(118287, 'images of the training split'), annotations=(860001, 'its objects'), repeats=(3, 'of each'))
     args = p.parse_args()
-    machine = hardware()
+    machine = hardware_to_time()
     helps = {o: [seconds_of(lambda: call('-m', f'scratchdet.{o}', '--help')) for _ in range(args.repeats)] for o in commands}
     with tempfile.TemporaryDirectory() as folder:
         root = data(Path(folder) / 'coco', args.images, args.annotations)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import Apart, against, command, hardware, parser, take_turns, whole, write
+from common import Apart, against, command, hardware_to_time, parser, spread, take_turns, whole, write
 from parts import Clock, forward_flops, machine_limits, time_ours, time_theirs
 from peer import torchvision_inputs, torchvision_mask_rcnn
 from scratchdet.detector import mask_rcnn
@@ -106,13 +106,13 @@ def measure(args):
         row.update({name: {k: o[f'{k} {p}'] for k in kinds} for name, o in (('parts', parts), ('peak_gb', peak))})
         result[p] = row
         print(f"{p}: scratchdet {row['median']['scratchdet']:.2f} s, torchvision {row['median']['torchvision']:.2f} s, "
-              f"median ratio {row['ratio']:.3f}, peak GB {row['peak_gb']}", flush=True)
+              f"median ratio {spread(row['ratios'])}, peak GB {row['peak_gb']}", flush=True)
     best = usable_precision('bf16', 'cpu')
     result['default'] = dict(precision=best)
     for p in precisions:
         ratios = [a / b for a, b in zip(seconds[f'scratchdet {best}'], seconds[f'torchvision {p}'])]
         result['default'][p] = dict(ratio=statistics.median(ratios), ratios=ratios)
-        print(f"ours by default ({best}) over torchvision {p}: {result['default'][p]['ratio']:.3f}", flush=True)
+        print(f"ours by default ({best}) over torchvision {p}: {spread(ratios)}", flush=True)
     return dict(result, flops=flops(args))
 
 
@@ -121,7 +121,7 @@ def main():
     p = parser(__doc__, images=(2, 'images'), objects=(8, 'objects an image'), rois=(512, 'sampled RoIs an image'), repeats=(5, 'of each'))
     p.add_argument('--size', type=whole, nargs=2, default=(512, 640), help='height and width, px')
     args = p.parse_args()
-    machine = hardware()
+    machine = hardware_to_time()
     write(args.out, dict(command=command(), hardware=machine, **measure(args)))
 
 

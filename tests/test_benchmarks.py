@@ -28,6 +28,22 @@ def test_ratios_are_taken_within_each_repeat():
     assert found['ratio'] == 1 and found['ratios'] == [.5, 1, 3] and found['median'] == {'a': 2., 'b': 2.}
 
 
+def test_ratios_are_told_with_their_spread():
+    from common import spread
+    assert spread([.5, .25, 1.]) == '0.500 (0.250 to 1.000)'
+
+
+def test_other_work_is_seen_and_told(monkeypatch, capsys):
+    import common
+    busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(os.cpu_count() + 1)]
+    try: assert common.running() > os.cpu_count() / 2
+    finally:
+        for o in busy: o.kill(), o.wait()
+    for load, told in ((.9, ''), (4.2, 'load 4.2 on 2 cores: other work makes these times long and scattered\n')):
+        monkeypatch.setattr(common, 'hardware', lambda: dict(load=load, cores=2))
+        assert common.hardware_to_time() == dict(load=load, cores=2) and capsys.readouterr() == ('', told)
+
+
 def test_a_function_of_another_process():
     from common import Apart
     do = Apart(partial, os.getpid)
