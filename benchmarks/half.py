@@ -3,6 +3,7 @@
 Weights and images are those of the reference files, with a hundred proposals an image; both samplers of ours keep everything, torchvision's draw the
 same anchors and RoIs in both precisions as long as the proposals are the same. All of it once for each number of threads, which sum in another order, and on the
 images as they are and with noise of one grey level: what differs by that alone is the noise of rounding, its mean over the draws is what bf16 shifts.
+The reference files are looked for in SCRATCHDET_REFERENCE, by default ../shared/reference beside the project.
 A processor without bf16 imitates it, slowly: twenty minutes.
 
     python benchmarks/half.py --out results/half.json
@@ -15,10 +16,19 @@ import torch
 
 from common import command, hardware, parser, whole, write
 from peer import torchvision_inputs, torchvision_mask_rcnn
+from scratchdet.command import one_line
 from scratchdet.matcher import image_keys
 from train_step import kinds, with_weights
 
 sys.path.append(str(Path(__file__).parents[1] / 'tests'))
+
+
+def reference_files():
+    "Names of the reference files of Mask R-CNN; raises where there are none."
+    from test_reference import FILES, FOLDER
+    if not (found := [o for o in FILES if o.startswith('mask')]):
+        raise FileNotFoundError(f'no reference files of Mask R-CNN under {FOLDER}: name their folder in SCRATCHDET_REFERENCE')
+    return found
 
 
 def losses_and_gradient(model, losses, bf16, device='cpu'):
@@ -58,9 +68,10 @@ def main():
     p = parser(__doc__, draws=(9, 'of noise on the images; the first is none'))
     p.add_argument('--threads', type=whole, nargs='+', default=[1, 2], help='numbers of them, one after the other')
     args = p.parse_args()
-    from test_reference import FILES, Case
+    with one_line('half.py'): names = reference_files()
+    from test_reference import Case
     machine, result = hardware(), {}
-    for name in (o for o in FILES if o.startswith('mask')):
+    for name in names:
         case = Case(name)
         batch, model, pixels = case.batch, case.model.train(), case.batch.images
         keys, model.rpn.post_nms_topk = image_keys(0, 0, batch.image_ids), (100, 100)

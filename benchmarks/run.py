@@ -1,7 +1,7 @@
 """All benchmarks that this machine can run, one after the other, each in a process of its own; the results go to results/*.json.
 
     python benchmarks/run.py                  everything: about twelve minutes on two cores
-    python benchmarks/run.py --small          everything at toy size, to see that it runs
+    python benchmarks/run.py --small          everything at toy size, to see that it runs; the results go to a new temporary folder
     python benchmarks/run.py --only loading start
 """
 import argparse
@@ -9,9 +9,12 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+from common import out_folder
+from half import reference_files
 from scratchdet.optim import bf16_gain
 
 here = Path(__file__).parent
@@ -57,25 +60,44 @@ def bars(name, o):
             yield f'{k}: 1 - lowest cosine of the gradient', 1 - found['lowest_cosine'], .02
 
 
+def lines(name, found, small):
+    "A result beside what it should be; at toy size its values alone."
+    for what, value, limit in bars(name, found):
+        yield f'{what}: {value:.3f}' if small else f"{'holds' if value <= limit else 'MISSED':>6}  {what}: {value:.3f}, at most {limit:.3f}"
+
+
+def why_not_half():
+    "What `half` lacks on this machine; None if nothing."
+    if bf16_gain() <= .25: return 'this processor only imitates bf16'
+    try: reference_files()
+    except FileNotFoundError as e: return str(e)
+
+
+def by_default():
+    "All results but `half` where it lacks something, which is said."
+    if not (why := why_not_half()): return list(parts)
+    print(f'half is left out: {why}', flush=True)
+    return [o for o in parts if o != 'half']
+
+
 def main():
     "Run, and print a table of what should hold."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--small', action='store_true', help='at toy size')
-    p.add_argument('--only', nargs='+', choices=parts, help='these results alone (all but half where the processor only imitates bf16)')
-    p.add_argument('--out', type=Path, default=here.parent / 'results', help='folder of the json files')
+    p.add_argument('--only', nargs='+', choices=parts, help='these results alone (all; half only where the processor has bf16 and the reference files are there)')
+    p.add_argument('--out', type=out_folder, help='folder of the json files (results; with --small a new temporary one)')
     args = p.parse_args()
-    args.only = args.only or [o for o in parts if o != 'half' or bf16_gain() > .25]
-    args.out.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for name in args.only:
+    out = args.out or (Path(tempfile.mkdtemp(prefix='benchmarks_')) if args.small else here.parent / 'results')
+    print(f'results: {out}', flush=True)
+    names, failed = args.only or by_default(), []
+    for name in names:
         words, small = parts[name]
-        file, start = args.out / f'{name}.json', time.perf_counter()
+        file, start = out / f'{name}.json', time.perf_counter()
         command = [sys.executable, str(here / words.split()[0]), *words.split()[1:], *(small.split() if args.small else ()), '--out', str(file)]
         if subprocess.run(command).returncode: failed.append(name)
         print(f'-- {name}: {time.perf_counter() - start:.0f} s', flush=True)
-    for name in (o for o in args.only if o not in failed):
-        for what, value, limit in bars(name, json.loads((args.out / f'{name}.json').read_text())):
-            print(f"{'holds' if value <= limit else 'MISSED':>6}  {what}: {value:.3f}, at most {limit:.3f}")
+    if args.small: print('toy sizes say nothing about the bars; the values:')
+    for name in (o for o in names if o not in failed): print(*lines(name, json.loads((out / f'{name}.json').read_text()), args.small), sep='\n')
     if failed: sys.exit(f'failed: {", ".join(failed)}')
 
 

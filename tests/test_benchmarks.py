@@ -1,6 +1,7 @@
 "The benchmarks: what they count with, quickly; all of them at toy size among the slow tests."
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -159,9 +160,51 @@ def test_a_study_keeps_the_runs_it_has(tmp_path):
     with pytest.raises(SystemExit, match='processor'): kept(out, setup)
 
 
+def started(monkeypatch, *words):
+    "benchmarks/run.py with benchmarks that only write a ratio; the command lines that it starts."
+    import run
+    commands = []
+    def write(command):
+        commands.append(command)
+        Path(command[-1]).write_text('{"ratio": 0.6}')
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(run, 'subprocess', SimpleNamespace(run=write))
+    monkeypatch.setattr(sys, 'argv', ['run.py', *words])
+    run.main()
+    return commands
+
+
+def test_toy_sizes_leave_the_results_alone_and_give_no_verdict(tmp_path, monkeypatch, capsys):
+    (command,) = started(monkeypatch, '--small', '--only', 'inference')
+    told, file = capsys.readouterr().out, Path(command[-1])
+    assert '--short' in command and folder.parent not in file.parents and f'results: {file.parent}\n' in told
+    assert 'inference over torchvision: 0.600\n' in told and 'say nothing' in told and 'MISSED' not in told
+    shutil.rmtree(file.parent)
+    (command,) = started(monkeypatch, '--only', 'inference', '--out', f'{tmp_path}/new')
+    assert command[-1] == f'{tmp_path}/new/inference.json' and '--short' not in command
+    assert 'MISSED  inference over torchvision: 0.600, at most 0.500\n' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('gain, there, told', [(.1, True, 'imitates bf16'), (1., False, 'SCRATCHDET_REFERENCE'), (1., True, '')])
+def test_half_precision_runs_by_default_where_it_says_something(monkeypatch, capsys, gain, there, told):
+    import run
+    import test_reference
+    monkeypatch.setattr(run, 'bf16_gain', lambda: gain)
+    monkeypatch.setattr(test_reference, 'FILES', ['mask_rcnn.npz'] * there)
+    assert ('half' in run.by_default()) == (told == '') and told in capsys.readouterr().out
+    assert len(run.by_default()) >= len(run.parts) - 1
+
+
+def test_half_precision_without_files_is_an_error(tmp_path):
+    done = subprocess.run([sys.executable, folder/'half.py', '--out', tmp_path/'half.json'], capture_output=True, text=True,
+                          env={**os.environ, 'SCRATCHDET_REFERENCE': f'{tmp_path}/none'})
+    assert done.returncode == 1 and not (tmp_path/'half.json').exists()
+    assert done.stderr == f'half.py: no reference files of Mask R-CNN under {tmp_path}/none: name their folder in SCRATCHDET_REFERENCE\n'
+
+
 @pytest.mark.long
 def test_one_command_runs_everything(tmp_path):
-    from run import bars, parts
+    from run import lines, parts
     names = [o for o in parts if o != 'half']  # its files have one size
     done = subprocess.run([sys.executable, folder/'run.py', '--small', '--out', tmp_path, '--only', *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -169,7 +212,8 @@ def test_one_command_runs_everything(tmp_path):
     for name in names:
         found = json.loads((tmp_path/f'{name}.json').read_text())
         assert found['command'].startswith('python') and found['hardware']['cores'] >= 1
-        assert all(any(what in o for o in said) for what, _, _ in bars(name, found))
+        values = list(lines(name, found, small=True))
+        assert values and set(values) <= set(said)
 
 
 def gpu_script(out, *words):
