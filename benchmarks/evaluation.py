@@ -23,7 +23,7 @@ from pycocotools import mask as coco_mask
 from torch import nn
 from torchvision.io import write_jpeg
 
-from common import command, hardware_to_time, own_peak, parser, write
+from common import against, command, hardware_to_time, own_peak, parser, seconds_of, write
 
 from scratchdet.coco import coco_split, load_index
 from scratchdet.detector import scale_detections
@@ -179,8 +179,8 @@ def differences(a, b):
     return [abs(x - y) for x, y in pairs if x is not None]
 
 
-def counted(root, images, detections, seed=0):
-    "Count the same records in memory with both: seconds of making our run lengths and of each count, tables compared."
+def counted(root, images, detections, repeats, seed=0):
+    "Count the same records in memory with both, in turn: seconds of making our run lengths and of each count, tables compared."
     rng = np.random.default_rng(seed)
     truth = make_truth(root, images, rng)
     found = make_detections(truth, detections, rng)
@@ -191,14 +191,13 @@ def counted(root, images, detections, seed=0):
         det = scale_detections(det, (h, w), (h, w), mask_rles)
         records += detections_to_coco(det, index.image_ids[i], index.category_ids)
         encoding += time.perf_counter() - start
-    truth, kinds, results, seconds = ground_truth(index), ('bbox', 'segm'), {}, {}
-    for name, run in dict(scratchdet=run_hotcoco, pycocotools=run_pycocotools).items():
-        start = time.perf_counter()
-        results[name] = {k: coco_ap(truth, records, k, run) for k in kinds}
-        seconds[name] = time.perf_counter() - start
+    truth, runs, results = ground_truth(index), dict(scratchdet=run_hotcoco, pycocotools=run_pycocotools), {}
+    def count(name): results[name] = {k: coco_ap(truth, records, k, runs[name]) for k in ('bbox', 'segm')}
+    seconds = {name: [] for name in runs}
+    for name in list(runs) * repeats: seconds[name].append(seconds_of(lambda: count(name)))
     gaps = differences(results['scratchdet'], results['pycocotools'])
-    return dict(images=images, detections=detections, records=len(records), encoding_seconds=encoding, seconds=seconds, peak_gb=own_peak(),
-                ratio=seconds['scratchdet'] / seconds['pycocotools'], numbers_compared=len(gaps), largest_difference=max(gaps))
+    return dict(images=images, detections=detections, records=len(records), repeats=repeats, encoding_seconds=encoding, peak_gb=own_peak(),
+                **against(seconds, *runs), numbers_compared=len(gaps), largest_difference=max(gaps))
 
 
 def compare(root, args):
@@ -219,9 +218,9 @@ def compare(root, args):
 
 def main():
     "Compare, print and write; the exit status is 1 where tables differ."
-    p = parser(__doc__, images=(5000, 'images'), detections=(100, 'detections of an image'))
+    p = parser(__doc__, images=(5000, 'images'), detections=(100, 'detections of an image'), repeats=(3, 'of each count with --count'))
     p.add_argument('--seed', type=int, default=0, help='of what is drawn (0)')
-    p.add_argument('--count', action='store_true', help='only count, here and with pycocotools: a few minutes')
+    p.add_argument('--count', action='store_true', help='only count, here and with pycocotools: ten minutes')
     p.add_argument('--worker', type=Path, help='evaluate this data set, as one of the processes')
     p.add_argument('--original', type=Path, help='count with pycocotools')
     p.add_argument('--to', type=Path, help='folder for what --worker and --original write')
@@ -230,7 +229,7 @@ def main():
     if args.worker: return worker(args.worker, args.to)
     if args.original: return original(args.original, args.to)
     with tempfile.TemporaryDirectory() as root:
-        if args.count: result = dict(command=command(), hardware=hardware_to_time(), **counted(Path(root), args.images, args.detections, args.seed))
+        if args.count: result = dict(command=command(), hardware=hardware_to_time(), **counted(Path(root), args.images, args.detections, args.repeats, args.seed))
         else: result = compare(Path(root), args)
     print(json.dumps(result, indent=1))
     write(args.out, result)

@@ -22,7 +22,7 @@ parts = {  # name of the result: words of the command, and its words at toy size
     'train_step': ('train_step.py --repeats 3', '--size 64 96 --rois 8 --images 1 --objects 2 --repeats 1'),
     'inference': ('inference.py --repeats 3', '--short 64 --long 96 --size 48 64 --repeats 1'),
     'loading': ('loading.py', '--images 4 --repeats 1'),
-    'counting': ('evaluation.py --count', '--images 20 --detections 5'),
+    'counting': ('evaluation.py --count', '--images 20 --detections 5 --repeats 1'),
     'overlap': ('overlap.py', '--images 20 --detections 5 --width 8 --repeats 1'),
     'start': ('start.py', '--images 60 --annotations 300 --repeats 1'),
     'cost': ('cost.py', '--side 64 --repeats 1'),

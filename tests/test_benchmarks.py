@@ -122,6 +122,15 @@ def test_padding_is_a_share_of_the_pixels():
     assert found['shapes'] == 1 and found['training'] == pytest.approx(padded) == found['evaluation']
 
 
+def test_counts_are_timed_in_turn(tmp_path):
+    from evaluation import counted
+    found = counted(tmp_path, images=4, detections=3, repeats=2)
+    ours, theirs = (found['seconds'][k] for k in ('scratchdet', 'pycocotools'))
+    assert len(ours) == len(theirs) == found['repeats'] == 2 and found['ratios'] == [a / b for a, b in zip(ours, theirs)]
+    assert found['median']['scratchdet'] == pytest.approx(sum(ours) / 2) and found['ratio'] == pytest.approx(sum(found['ratios']) / 2)
+    assert found['records'] == 12 and found['largest_difference'] <= 1e-9 < found['numbers_compared']
+
+
 def test_half_precision_is_compared_on_losses_and_gradient():
     from half import compared
     torch.manual_seed(0)
