@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --only parity speed --out results/gpu.json            some parts alone; the file keeps the others
 
 The file is written after every part, so a run that is cut off keeps what it has. bf16 is autocast's, maps are channels last. On a CPU the
-parts compare the CPU's own bodies with the plain ones, and nothing is said about speed.
+parts compare the CPU's own bodies with the plain ones; the times are that CPU's, and say nothing about a GPU.
 """
 import json
 import os
