@@ -4,6 +4,7 @@
 #   make docs    the site, in _docs/
 #   make slow    the tests that take a minute each
 #   make long    the tests that take many minutes: tutorials as written, pages on real images, all benchmarks
+#   make bench   all benchmarks that this machine can run, into results/: about twenty minutes on two cores
 #   make fuzz    100,000 lying inputs; make fuzz INPUTS=1000000 for a night
 #   make install only the environment
 #   make help    all targets; make clean leaves .venv/ and demo/ as they are
@@ -23,7 +24,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.10; do \
 	$$p -c '$(USABLE)' 2>/dev/null && { echo $$p; break; }; done)
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' | sort)
 
-.PHONY: help install demo test sync notebooks pytest slow long fuzz docs docs-check export readme clean
+.PHONY: help install demo test sync notebooks pytest slow long bench fuzz docs docs-check export readme clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -66,6 +67,9 @@ slow: $(STAMP)
 
 long: $(STAMP)
 	python -m pytest tests -m long --numprocesses $(JOBS)
+
+bench: $(STAMP)
+	python benchmarks/run.py
 
 fuzz: $(STAMP)
 	SCRATCHDET_FUZZ=$(INPUTS) python -m pytest tests/test_fuzz.py

@@ -1,6 +1,6 @@
 """All benchmarks that this machine can run, one after the other, each in a process of its own; the results go to results/*.json.
 
-    python benchmarks/run.py                  everything: about twelve minutes on two cores
+    python benchmarks/run.py                  everything: about twenty minutes on two cores
     python benchmarks/run.py --small          everything at toy size, to see that it runs; the results go to a new temporary folder
     python benchmarks/run.py --only loading start
 """

@@ -104,6 +104,13 @@ def test_workflows_name_what_is_here():
     assert 'workflow_call' in files['test'][True] and jobs['test']['uses'] == './.github/workflows/test.yml'  # `on` reads as true
 
 
+def test_one_command_measures_all():
+    "`make bench` runs it, `make help` and the front page name it."
+    def make(*words): return subprocess.run(['make', *words], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert 'python benchmarks/run.py\n' in make('-n', 'bench') and '\nmake bench ' in make('help')
+    assert 'python benchmarks/run.py' in (root/'README.md').read_text()
+
+
 @pytest.fixture
 def notebooks(monkeypatch):
     monkeypatch.syspath_prepend(root/'tools')
