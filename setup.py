@@ -17,6 +17,7 @@ readme = re.sub(r'((?:src|srcset)=")(?!https?:)', r'\g<1>' + git % 'raw', readme
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
+    package_dir={'': '.'},  # an editable install adds this folder to the path, so that a clone's folder hides nothing
     packages=find_packages(include=['scratchdet', 'scratchdet.*']),
     install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
     python_requires='>=' + cfg['min_python'],

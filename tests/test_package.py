@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -63,6 +64,23 @@ def test_the_wheel_works(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path/'there/scratchdet/__init__.py')
     assert len(list((tmp_path/'toy').rglob('*.jpg'))) == 3
+
+
+def test_commands_run_beside_a_clone(sdist, tmp_path):
+    "Installed as `make install` does it, from the folder that holds the clone, where Python takes the clone's folder for a package."
+    tarfile.open(sdist).extractall(tmp_path, filter='data')
+    next(tmp_path.glob('scratchdet-*')).rename(tmp_path/'scratchdet')
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path/'venv'], check=True)
+    python, site = tmp_path/'venv/bin/python', next(tmp_path.glob('venv/lib/*/site-packages'))
+    (site/'others.pth').write_text(sysconfig.get_path('purelib'))
+    def run(*words):
+        env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+        done = subprocess.run([python, '-m', *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    run('pip', 'install', '--no-deps', '--no-build-isolation', '--ignore-installed', '--quiet', '--editable', tmp_path/'scratchdet')
+    assert run('scratchdet.train', '--help').startswith('usage: python -m scratchdet.train')
+    assert 'scratchdet' in run('scratchdet', '--help')
 
 
 def test_versions_agree():
