@@ -80,6 +80,7 @@ class Report:
         self.file, self.accelerator = Path(file), accelerator
         if accelerator.is_main_process: _cut_log(self.file, step)
         self.bar, self.first = _bar(accelerator, steps, step, progress), step + 1
+        self.crowded = False
         self.restart()
 
     def __enter__(self): return self
@@ -138,3 +139,17 @@ def write_line(
     report.bar.set_postfix_str(shown, refresh=False)
     report.restart()
     return line
+
+# %% ../nbs/55_log.ipynb #60b29ec2
+@patch
+def say_load(
+    self:Report,
+    load:float, # threads that run or wait for a core, on average, such as `os.getloadavg()[0]`
+    threads:int, # of this process
+    cores:int, # of the computer
+)->None:
+    "Say, the first time that it is so, that threads on a CPU wait for other work."
+    slow = self.accelerator.device.type == 'cpu' and threads > 1 and load > 1.5 * cores
+    if self.crowded or not slow: return
+    self.crowded, what = True, 'threads wait for other work, OMP_NUM_THREADS=1 is likely faster'
+    self.say(f'load {load:.1f} on {cores} cores: {what}')

@@ -431,6 +431,7 @@ def _step(run, parts, report):
 def _line(run, lr, report, behind, send):
     "A line of the log now, for trackers behind the loop."
     line = write_line(report, run.step, run.step / run.epoch, lr)
+    report.say_load(os.getloadavg()[0], torch.get_num_threads(), os.cpu_count())
     behind.give('trackers', partial(send, line))
 
 # %% ../nbs/64_train.ipynb #b3d3e89a

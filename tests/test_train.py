@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from runs import command, finish, log, losses, start, tiny, toy  # noqa: F401  (
 
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet import optim
+from scratchdet.log import Report
 from scratchdet.optim import sgd, usable_precision
 from scratchdet.recipes import recipes
-from scratchdet.train import Run, _scores, batches, build_detector, main, parse_args, train, train_step
+from scratchdet.train import Run, _line, _scores, batches, build_detector, main, parse_args, train, train_step
 from scratchdet.weights import load_model, read_meta
 
 
@@ -42,6 +44,16 @@ def test_parts_of_a_batch_add_up(images, parts):
     assert len(whole) == 5 and split == pytest.approx(whole, rel=1e-9, abs=1e-12)
     assert weights.keys() == other.keys()
     for k, v in weights.items(): torch.testing.assert_close(other[k], v, rtol=1e-9, atol=1e-10)
+
+
+def test_lines_of_a_run_tell_a_busy_computer_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, 'getloadavg', lambda: (99., 0., 0.))
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    run, behind = SimpleNamespace(step=1, epoch=4), SimpleNamespace(give=lambda *_: None)
+    with Report(tmp_path/'log.jsonl', Accelerator(cpu=True), 4) as report:
+        for _ in range(2): _line(run, .1, report, behind, print)
+    assert capsys.readouterr().out.splitlines() == [
+        f'load 99.0 on {os.cpu_count()} cores: threads wait for other work, OMP_NUM_THREADS=1 is likely faster']
 
 
 def test_two_processes_are_one(toy, tmp_path):
