@@ -152,7 +152,7 @@ def test_the_mean_over_draws_keeps_the_sign():
     draws = [dict(fp32=dict(a=2., none=0.), bf16=dict(a=v, none=0.), cosine=c) for v, c in ((2.2, .9), (1.8, .7), (2.2, .8))]
     found = over_draws(draws)
     assert found['losses'].keys() == {'a'}
-    assert found['losses']['a'] == pytest.approx(dict(mean=.1 / 3, rms=.1, largest=.1)) and found['lowest_cosine'] == .7
+    assert found['losses']['a'] == pytest.approx(dict(mean=.1 / 3, typical=.1, largest=.1)) and found['lowest_cosine'] == .7
 
 
 def test_a_study_keeps_the_runs_it_has(tmp_path):
