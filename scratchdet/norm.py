@@ -120,11 +120,11 @@ def _differentiate(ctx, dy, _, __):
 _group_norm.register_autograd(_differentiate, setup_context=_save)
 
 # %% ../nbs/20_norm.ipynb #a2636ae9
-def _watched(*modules):
-    "If a forward hook sees what these modules get or return."
+def _watched(module):
+    "If a forward hook sees what it gets or returns."
     every = torch.nn.modules.module
-    hooks = [every._global_forward_hooks, every._global_forward_pre_hooks]
-    return any(hooks + [o for m in modules for o in (m._forward_hooks, m._forward_pre_hooks)])
+    hooks = every._global_forward_hooks, every._global_forward_pre_hooks
+    return any((*hooks, module._forward_hooks, module._forward_pre_hooks))
 
 def _faster_in_place(x, residual):
     "If `x` is a dense map on a CPU, and neither autograd nor a compiler is listening."
@@ -162,20 +162,21 @@ class GroupNorm(nn.Module):
         channels:int, # C
         groups:int=32, # divides `channels`
         eps:float=1e-5, # added to the variance
+        inplace:bool=False, # what comes in may be overwritten, where no hook watches
     ):
         super().__init__()
         if groups < 1 or channels % groups:
             raise ValueError(f'{groups} groups do not divide {channels} channels')
-        self.groups, self.eps = groups, eps
+        self.groups, self.eps, self.inplace = groups, eps, inplace
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self,
         x:Tensor, # (N, C, H, W)
         residual:Tensor=None, # (N, C, H, W) added before the ReLU
         relu:bool=False, # negative values become 0
-        inplace:bool=False, # x may be overwritten
     )->Tensor: # (N, C, H, W) of x's dtype
         "Normalize, add, rectify"
+        inplace = self.inplace and not _watched(self)
         return group_norm(x, self.weight, self.bias, self.groups, self.eps, residual, relu, inplace)
 
 # %% ../nbs/20_norm.ipynb #fa51fae8
@@ -195,7 +196,7 @@ class ConvNorm(nn.Module):
         if (kernel, stride) == (3, 1):
             self.conv = Conv3x3(c_in, c_out, bias=False, exact_gradient=exact_gradient)
         else: self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
-        self.norm = GroupNorm(c_out, groups)
+        self.norm = GroupNorm(c_out, groups, inplace=True)
         self.relu = relu
 
     def forward(self,
@@ -203,4 +204,6 @@ class ConvNorm(nn.Module):
         residual:Tensor=None, # (N, c_out, ceil(H/stride), ceil(W/stride))
     )->Tensor: # (N, c_out, ceil(H/stride), ceil(W/stride))
         "Convolve, normalize, add, rectify"
-        return self.norm(self.conv(x), residual, self.relu, inplace=not _watched(self.conv, self.norm))
+        y = self.conv(x)
+        if not torch.is_grad_enabled() and _watched(self.conv): y = y.clone()  # the hook's stays what it is
+        return self.norm(y, residual, self.relu)
