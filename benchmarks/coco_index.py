@@ -182,7 +182,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / 'instances.json').exists(): write_coco(folder / 'instances.json', args.images, args.annotations)
         for o in (folder / 'cache').glob('*'): o.unlink()
-        machine = dict(hardware_to_time(), cores=os.cpu_count(), load_before=os.getloadavg()[0], nice=os.nice(0))
+        machine = dict(hardware_to_time(), nice=os.nice(0))
         result = dict(command=command(), hardware=machine, json_mb=(folder / 'instances.json').stat().st_size / 1e6)
         runs = ['pycocotools', 'build', *['build'] * args.repeats, 'scratchdet fork', 'scratchdet spawn', 'pycocotools fork']
         theirs, built, *opened, fork, spawn, fork_theirs = [measured(o, folder, args.read) for o in runs]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from common import command, hardware, hardware_to_time, parser, whole, write
+from common import command, hardware_to_time, parser, whole, write
 from peer import AsDetector, torchvision_mask_rcnn
 from scratchdet.coco import coco_split, load_index, training_images
 from scratchdet.detector import mask_rcnn
@@ -91,12 +91,12 @@ def learn(kind, recipe, root, evaluations):
     return dict(kind=kind, seed=recipe.seed, losses=losses, ap=ap, seconds=seconds)
 
 
-def kept(out, setup):
-    "The runs that the file holds already, which must be of this setup and of this processor and PyTorch."
+def kept(out, setup, machine):
+    "The runs that the file holds already, which must be of this setup and of this machine's processor and PyTorch."
     if not (out and out.exists()): return []
-    there, here = json.loads(out.read_text()), hardware()
+    there = json.loads(out.read_text())
     same = all(json.dumps(there.get(k)) == json.dumps(v) for k, v in setup.items())
-    if not same or any(there['hardware'][k] != here[k] for k in ('cpu', 'torch')):
+    if not same or any(there['hardware'][k] != machine[k] for k in ('cpu', 'torch')):
         raise SystemExit(f'{out} holds runs of another setup, processor or torch: name another file with --out')
     return there['runs']
 
@@ -128,7 +128,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         root = make_toy(Path(folder) / 'toy', train=args.train, val=args.val)
         arms = {f'{k} {o}' if len(args.precisions) > 1 else k: (k, o) for k in args.kinds for o in args.precisions}
-        runs = kept(args.out, setup := dict(recipe=vars(recipe), train=args.train, val=args.val, evaluations=args.evaluations))
+        setup = dict(recipe=vars(recipe), train=args.train, val=args.val, evaluations=args.evaluations)
+        runs = kept(args.out, setup, machine)
         wanted = [(name, s) for s in args.seeds for name in arms if (name, s) not in {(o['kind'], o['seed']) for o in runs}]
         todo = [(arms[name][0], replace(recipe, seed=s, precision=arms[name][1]), root, args.evaluations) for name, s in wanted]
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:

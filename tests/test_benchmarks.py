@@ -156,17 +156,17 @@ def test_the_mean_over_draws_keeps_the_sign():
 
 
 def test_a_study_keeps_the_runs_it_has(tmp_path):
-    from common import hardware
     from learning import kept, summary
+    machine = dict(cpu='Z80', torch='2.11')
     runs = [dict(kind=k, seed=s, ap=[dict(step=9, bbox_AP=v)]) for k, s, v in (('a', 0, .25), ('a', 1, .75), ('b', 0, .5))]
     assert summary(runs) == dict(a=dict(bbox_AP=dict(mean=.5, low=.25, high=.75)), b=dict(bbox_AP=dict(mean=.5, low=.5, high=.5)))
     out, setup = tmp_path/'study.json', dict(recipe=dict(blocks=(1, 1)), train=8)
-    assert kept(None, setup) == kept(out, setup) == []
-    out.write_text(json.dumps(dict(**setup, hardware=hardware(), runs=runs)))
-    assert kept(out, setup) == runs
-    with pytest.raises(SystemExit, match='study.json holds runs of another setup'): kept(out, dict(setup, train=9))
-    out.write_text(json.dumps(dict(**setup, hardware=dict(hardware(), cpu='another'), runs=runs)))
-    with pytest.raises(SystemExit, match='processor'): kept(out, setup)
+    assert kept(None, setup, machine) == kept(out, setup, machine) == []
+    out.write_text(json.dumps(dict(**setup, hardware=machine, runs=runs)))
+    assert kept(out, setup, dict(machine, cores=2)) == runs
+    with pytest.raises(SystemExit, match='study.json holds runs of another setup'): kept(out, dict(setup, train=9), machine)
+    for other in dict(machine, cpu='6502'), dict(machine, torch='2.12'):
+        with pytest.raises(SystemExit, match='processor or torch'): kept(out, setup, other)
 
 
 def started(monkeypatch, *words):
