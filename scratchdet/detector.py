@@ -128,7 +128,10 @@ def normalize(self:Detector,
     sizes:Tensor, # (N, 2) h, w of each image
 )->Tensor: # (N, 3, H, W) of the model's precision; padding is 0
     "Mean 0 and deviation 1 over each image's own pixels."
-    x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+    if (dtype := self.pixel_mean.dtype) in (torch.bfloat16, torch.float16):
+        raise ValueError(f"a model in {dtype} would round its boxes to whole pixels: keep it in float32 "
+                         "(float()), and compute with torch.autocast or predict(..., precision='bf16')")
+    x = (images.to(dtype) - self.pixel_mean) / self.pixel_std
     h, w = (torch.arange(n, device=images.device) for n in images.shape[-2:])
     inside = (h < sizes[:, :1])[:, :, None] & (w < sizes[:, 1:])[:, None]  # (N, H, W)
     return (x * inside[:, None]).contiguous(memory_format=torch.channels_last)
