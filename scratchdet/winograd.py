@@ -40,7 +40,6 @@ def toom_cook(
     return tuple(torch.tensor([[float(v) for v in row] for row in m], dtype=torch.float64) for m in (a, g, b))
 
 # %% ../nbs/19_winograd.ipynb #306c2ab2
-@cache
 def _fourier(height, width):
     "A, G and B of a map of height x width pixels with zeros around it."
     n, m = height + 1, width + 1
@@ -58,7 +57,11 @@ def _fourier(height, width):
     return after.T, products(c, d - c, c + d), products(cos - sin, cos, -sin)
 
 # %% ../nbs/19_winograd.ipynb #4e4fc9a2
-_square = [torch.kron(o, o) for o in toom_cook(4)]
+@cache
+def _matrices(height, width, whole):
+    "A, G and B of a tile of this size."
+    with torch.device('cpu'):  # whatever the default is
+        return _fourier(height, width) if whole else tuple(torch.kron(o, o) for o in toom_cook(height))
 
 class _Tiles:
     "Maps of height x width: whole if no side is longer than 8, else in tiles of 4 x 4."
@@ -73,7 +76,7 @@ class _Tiles:
 
     def matrices(self, dtype):
         "A, G and B of a tile."
-        return [o.to(dtype) for o in (_fourier(*self.map) if self.whole else _square)]
+        return [o.to(dtype) for o in _matrices(*self.side, self.whole)]
 
     def blocks(self, n):
         "(images, rows of tiles) of each block, as slices."
