@@ -9,7 +9,9 @@ __all__ = ['group_norm', 'GroupNorm', 'ConvNorm']
 import torch
 from torch import Tensor, nn
 
-from .winograd import Conv3x3, _forward_mode
+from torch.nn import functional as F
+
+from .winograd import Conv3x3, _transformed
 
 # %% ../nbs/20_norm.ipynb #6ef17502
 def _layout(x):
@@ -126,14 +128,27 @@ def _watched(module):
     hooks = every._global_forward_hooks, every._global_forward_pre_hooks
     return any((*hooks, module._forward_hooks, module._forward_pre_hooks))
 
+def _alone():
+    "If neither autograd nor a compiler is listening."
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed())
+
+def _shared(a, b):
+    "If both lie in the same memory."
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
 def _faster_in_place(x, residual):
-    "If `x` is a dense map on a CPU, and neither autograd nor a compiler is listening."
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != 'cpu': return False
+    "If `x` is a dense map on a CPU, which nobody else needs."
+    if not _alone() or x.device.type != 'cpu' or residual is not None and _shared(x, residual): return False
     dense = any(x.is_contiguous(memory_format=o) for o in (torch.contiguous_format, torch.channels_last))
-    shared = residual is not None and residual.untyped_storage()._cdata == x.untyped_storage()._cdata
-    return dense and not shared and x.dtype in (torch.float32, torch.float64)
+    return dense and x.dtype in (torch.float32, torch.float64)
 
 # %% ../nbs/20_norm.ipynb #6872e852
+def _composed(x, weight, bias, groups, eps, residual, relu):
+    "The same, of operations that all of PyTorch's transforms know."
+    y = F.group_norm(_wide(x), groups, weight, bias, eps)
+    if residual is not None: y = y + residual
+    return (y.relu() if relu else y).to(x.dtype)
+
 def group_norm(
     x:Tensor, # (N, C, H, W) float32, bfloat16 or float64
     weight:Tensor, # (C,) scale per channel; float32 where `x` is bfloat16
@@ -149,9 +164,12 @@ def group_norm(
         raise ValueError(f'x must be (N, C, H, W) of a floating type, not {tuple(x.shape)} {x.dtype}')
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f'{groups} groups do not divide {x.shape[1]} channels')
-    if _forward_mode():
-        raise NotImplementedError('group_norm has no derivative in forward mode: use backward')
+    for name, o in dict(weight=weight, bias=bias, residual=residual).items():
+        shape = tuple(x.shape if name == 'residual' else x.shape[1:2])
+        if o is not None and o.shape != shape:
+            raise ValueError(f'{name} must be {shape}, not {tuple(o.shape)}')
     args = x, weight, bias, groups, eps, residual, relu
+    if _transformed(): return _composed(*args)
     if inplace and _faster_in_place(x, residual): return _normalize(*args, inplace=True)[0]
     return _group_norm(*args)[0]
 
@@ -205,5 +223,5 @@ class ConvNorm(nn.Module):
     )->Tensor: # (N, c_out, ceil(H/stride), ceil(W/stride))
         "Convolve, normalize, add, rectify"
         y = self.conv(x)
-        if not torch.is_grad_enabled() and _watched(self.conv): y = y.clone()  # the hook's stays what it is
+        if _alone() and (_watched(self.conv) or _shared(x, y)): y = y.clone()  # others' stays what it is
         return self.norm(y, residual, self.relu)

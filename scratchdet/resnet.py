@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .norm import ConvNorm, _layout
-from .winograd import _forward_mode
+from .winograd import _transformed
 
 # %% ../nbs/21_resnet.ipynb #d1206a52
 class Bottleneck(nn.Module):
@@ -84,7 +84,7 @@ def max_pool(
     x:Tensor, # (N, C, H, W)
 )->Tensor: # (N, C, ceil(H/2), ceil(W/2)) of x's dtype and memory layout
     "`F.max_pool2d(x, 3, 2, 1)`, which keeps one byte for each window on a GPU (arXiv 1512.03385, Tab. 1)."
-    plain = x.device.type == 'cpu' or _forward_mode()
+    plain = x.device.type == 'cpu' or _transformed()
     return F.max_pool2d(x, 3, 2, 1) if plain else _max_pool(x)[0]
 
 # %% ../nbs/21_resnet.ipynb #5df0e6ca

@@ -12,7 +12,7 @@ import torch
 import torchvision  # its kernels are the plain meaning of `roi_align`
 from torch import Tensor
 
-from .winograd import _forward_mode
+from .winograd import _transformed
 
 # %% ../nbs/40_roi_align.ipynb #00845e21
 def boxes_to_rois(
@@ -126,7 +126,8 @@ def roi_align(
     sampling_ratio:int=0, # points per bin and axis; 0: as many as the bin has cells, rounded up
 )->Tensor: # (K, C, resolution, resolution), in the maps' dtype and memory format
     "Features of each RoI from the map of its level (Mask R-CNN, section 3), with `aligned=True`."
-    if _forward_mode(): raise NotImplementedError('roi_align has no derivative in forward mode: use backward')
+    if _transformed():
+        raise NotImplementedError('roi_align has no derivative in forward mode or torch.func: use backward')
     return _roi_align(list(features), rois, resolution, list(strides), sampling_ratio)
 
 # %% ../nbs/40_roi_align.ipynb #87f0d933

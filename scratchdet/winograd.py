@@ -25,13 +25,15 @@ def _coefficients(roots):
 
 # %% ../nbs/19_winograd.ipynb #ccc28050
 def toom_cook(
-    outputs:int, # m, 1 to 4
+    outputs:int, # m; 1 to 4 with these points
     points:tuple=_points, # at least m + 1 of them, all different; infinity comes on top
 )->tuple[Tensor, Tensor, Tensor]: # A (m, m + 2), G (m + 2, 3) and B (m + 2, m + 2), float64
     "The matrices of F(m, 3): a row of m pixels from m + 2 products (arXiv 1509.09308, Sec. 4)."
     if not 1 <= outputs < len(points):
         raise ValueError(f'{outputs} outputs need {outputs + 1} points, and 1 output or more')
     points = [Fraction(p) for p in points[:outputs + 1]]
+    if len(set(points)) <= outputs:
+        raise ValueError(f'points must differ, unlike {", ".join(map(str, points))}')
     others = [[q for q in points if q != p] for p in points]
     scales = [prod(p - q for q in rest) for p, rest in zip(points, others)]
     a = [[p ** i for p in points] + [i == outputs - 1] for i in range(outputs)]
@@ -113,6 +115,7 @@ def _put(tiles, y, block, after, products):
 
 # %% ../nbs/19_winograd.ipynb #e700ac72
 @torch.library.custom_op('scratchdet::conv3x3', mutates_args=())
+@torch.autocast('cpu', enabled=False)  # a way back may begin under it
 def _conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     x, tiles, (out, c) = x.permute(0, 2, 3, 1).contiguous(), _Tiles(*x.shape[2:]), weight.shape[:2]
     after, kernel, before = tiles.matrices(x.dtype)
@@ -128,6 +131,7 @@ def _conv3x3(x: Tensor, weight: Tensor) -> Tensor:
 
 # %% ../nbs/19_winograd.ipynb #810e9b1e
 @torch.library.custom_op('scratchdet::conv3x3_weight', mutates_args=())
+@torch.autocast('cpu', enabled=False)
 def _conv3x3_weight(dy: Tensor, x: Tensor) -> Tensor:
     dy, x, tiles = *(o.permute(0, 2, 3, 1).contiguous() for o in (dy, x)), _Tiles(*x.shape[2:])
     after, kernel, before = tiles.matrices(x.dtype)
@@ -139,7 +143,7 @@ def _conv3x3_weight(dy: Tensor, x: Tensor) -> Tensor:
     return dweight.permute(3, 2, 0, 1).contiguous()
 
 @_conv3x3.register_fake
-def _(x, weight): return x.new_empty(len(x), *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
+def _(x, weight): return x.new_empty(x.shape[0], *x.shape[2:], weight.shape[0]).permute(0, 3, 1, 2)
 
 @_conv3x3_weight.register_fake
 def _(dy, x): return x.new_empty(dy.shape[1], x.shape[1], 3, 3)
@@ -152,29 +156,47 @@ def _differentiate(ctx, dy):
     dx = _conv3x3(dy, weight.flip(2, 3).transpose(0, 1)) if of_x else None
     return dx, _conv3x3_weight(dy, x) if of_weight else None
 
+def _differentiate_weight(ctx, g):
+    (dy, x), (of_dy, of_x) = ctx.saved_tensors, ctx.needs_input_grad
+    dx = _conv3x3(dy, g.flip(2, 3).transpose(0, 1)) if of_x else None
+    return _conv3x3(x, g) if of_dy else None, dx
+
 _conv3x3.register_autograd(_differentiate, setup_context=_save)
+_conv3x3_weight.register_autograd(_differentiate_weight, setup_context=_save)
 
 # %% ../nbs/19_winograd.ipynb #83efc41d
-def _forward_mode():
-    "If derivatives are computed in forward mode, where a custom op counts as a constant."
-    return torch.autograd.forward_ad._current_level >= 0
+def _transformed():
+    "If derivatives are computed in forward mode or by `torch.func`, which a custom op knows nothing of."
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
-def _pays(x, weight):
-    "If this convolution is one of maps on a CPU, in float32, wide and large enough."
-    return (x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.dim() == 4
-            and not torch.is_autocast_enabled('cpu') and not _forward_mode()
-            and x.shape[1] == weight.shape[1] and min(weight.shape[:2]) >= 128
-            and x.shape[0] * x.shape[2] * x.shape[3] >= 2048)
+def _gain(height, width, c, k):
+    "What a map wins, and what transforming the kernels loses: the two sides of the inequality, times 2CK."
+    p, i, o, tiles = 36, 36, 16, -(-height // 4) * -(-width // 4)
+    if max(height, width) <= 8:
+        p = (3 * (height + 1) * (width + 1) - (1 + height % 2) * (1 + width % 2)) // 2
+        i, o, tiles = height * width, height * width, 1
+    won = 11 * height * width * c * k - 2 * p * tiles * (c * k + c * (i + 25) + k * (o + 25))
+    return won, 120 * p * c * k
 
+def _pays(x, weight, bias=None):
+    "If this is a 3x3 convolution of maps on a CPU, in float32, and cheaper than the definition's."
+    if x.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3) or _transformed(): return False
+    if not (x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32): return False
+    if torch.is_autocast_enabled('cpu'): return False
+    if bias is not None and (bias.shape, bias.dtype) != (weight.shape[:1], x.dtype): return False
+    won, lost = _gain(*x.shape[2:], x.shape[1], weight.shape[0])
+    return x.shape[0] * won > lost
+
+# %% ../nbs/19_winograd.ipynb #c025edcf
 def conv3x3(
     x:Tensor, # (N, C, H, W)
     weight:Tensor, # (K, C, 3, 3)
     bias:Tensor=None, # (K,)
 )->Tensor: # (N, K, H, W); channels last where fewer products were taken
     "`F.conv2d(x, weight, bias, padding=1)`, with fewer products where that pays."
-    if not _pays(x, weight): return F.conv2d(x, weight, bias, padding=1)
+    if not _pays(x, weight, bias): return F.conv2d(x, weight, bias, padding=1)
     y = _conv3x3(x, weight)
-    return y if bias is None else y.add_(bias.view(len(weight), 1, 1))
+    return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
 # %% ../nbs/19_winograd.ipynb #e72127ee
 class Conv3x3(nn.Conv2d):

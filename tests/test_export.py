@@ -68,7 +68,7 @@ def ours(program): return {str(o.target).removesuffix('.default') for o in progr
 def test_every_operation_of_ours_is_replaced():
     "At the widths of a real model, whose 3x3 convolutions are operations of ours too: all four are in the graph at first, none is in the end."
     g = torch.Generator().manual_seed(7)
-    model = init_detector(mask_rcnn(5, **small | dict(channels=128)), g).eval()
+    model = init_detector(mask_rcnn(5, **small | dict(channels=256)), g).eval()
     nn.init.normal_(model.box_head.cls.weight, std=.3, generator=g)
     inputs = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8, generator=g), torch.tensor([[64, 96]])
     with torch.no_grad(): noted = torch.export.export(FixedDetector(model), inputs)

@@ -171,15 +171,41 @@ def test_padding_changes_the_function_and_a_single_value_normalizes_to_the_bias(
     torch.testing.assert_close(pixel, torch.full_like(pixel, 2), atol=1e-4, rtol=0)
 
 
-def test_forward_mode_is_refused_not_taken_for_zero():
-    x, weight = torch.randn(2, 8, 6, 6), torch.ones(8)
-    with pytest.raises(NotImplementedError, match='group_norm has no derivative in forward mode'):
-        torch.func.jvp(lambda o: group_norm(o, weight, weight, 2), (x,), (x,))
+@pytest.mark.parametrize('relu', [False, True])
+def test_transforms_of_torch_func_take_pytorchs_operations(relu):
+    x, other = torch.randn(2, 2, 8, 6, 6, dtype=torch.float64)
+    weight, bias = torch.randn(2, 8, dtype=torch.float64)
+    def ours(x): return group_norm(x, weight, bias, 2, residual=other, relu=relu)
+    leaf, tangent = x.clone().requires_grad_(), torch.randn_like(x)
+    exact, = torch.autograd.grad(ours(leaf).square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda o: ours(o).square().sum())(x), exact)
+    y, along = torch.func.jvp(lambda o: ours(o).square().sum(), (x,), (tangent,))
+    torch.testing.assert_close(along, (exact * tangent).sum())
+    torch.testing.assert_close(torch.vmap(ours)(torch.stack([x, 2 * x])), torch.stack([ours(x), ours(2 * x)]))
+    brick = ConvNorm(8, 8, 3, groups=4).double()
+    with torch.no_grad(): torch.testing.assert_close(torch.vmap(brick)(x[None]), brick(x)[None])
+
+
+def test_roi_align_in_forward_mode_is_refused_not_taken_for_zero():
+    x = torch.randn(2, 8, 6, 6)
     maps, roi = [torch.randn(1, 4, 64 // s, 64 // s) for s in (1, 2, 4, 8)], torch.tensor([[0., 1, 1, 30, 30]])
     with pytest.raises(NotImplementedError, match='roi_align has no derivative in forward mode'):
         torch.func.jvp(lambda o: roi_align([o, *maps[1:]], roi, 7), (maps[0],), (maps[0],))
     pooled, tangent = torch.func.jvp(max_pool, (x,), (x,))
     assert torch.equal(pooled, tangent)
+
+
+def test_what_comes_through_another_convolution_is_not_overwritten():
+    brick, x = ConvNorm(8, 8, 3, groups=4), torch.randn(2, 8, 6, 6)
+    for brick.conv in torch.nn.Identity(), torch.nn.Unflatten(1, (8,)):
+        before = x.clone()
+        with torch.no_grad(): assert not torch.equal(brick(x), before) and torch.equal(x, before)
+
+
+@pytest.mark.parametrize('name, shape', [('weight', (4,)), ('weight', (1,)), ('bias', (1, 8)), ('residual', (1, 8, 6, 6)), ('residual', (8,))])
+def test_shapes_that_would_broadcast_are_refused(name, shape):
+    args = dict(weight=torch.ones(8), bias=torch.ones(8)) | {name: torch.ones(shape)}
+    with pytest.raises(ValueError, match=f'{name} must be'): group_norm(torch.randn(2, 8, 6, 6), groups=2, **args)
 
 
 @pytest.mark.parametrize('watch', ['convolution', 'norm', 'everything'])

@@ -96,6 +96,40 @@ def test_bad_values_stay_in_their_image(bad):
     assert not finite[3] and finite[:3].all() and finite[4:].all()
 
 
+@pytest.mark.parametrize('shape', [(100, 128, 7, 7), (3, 128, 30, 33)])
+def test_backward_may_begin_under_autocast(shape):
+    n, c, h, w = shape
+    x, weight, dy = inputs(n, c, c, h, w)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    y = conv3x3(*leaves)
+    outside = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    with torch.autocast('cpu', torch.bfloat16): inside = torch.autograd.grad(y, leaves, dy)
+    assert _pays(*leaves) and all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
+def test_the_number_of_maps_may_change_after_export():
+    conv, x = Conv3x3(128, 128), inputs(100, 128, 128, 7, 7)[0]
+    program = torch.export.export(conv, (x,), dynamic_shapes=({0: torch.export.Dim('n', min=100, max=4096)},))
+    assert 'conv3x3' in str(program.graph)
+    more = inputs(300, 128, 128, 7, 7)[0]
+    torch.testing.assert_close(program.module()(more), conv(more))
+
+
+def test_transforms_of_torch_func_take_pytorchs():
+    x, weight, _ = inputs(100, 128, 128, 7, 7)
+    def both(f): return [torch.func.grad(lambda o: f(o, weight).square().sum())(x), torch.vmap(lambda o: f(x, weight, o))(torch.ones(2, 128))]
+    for ours, theirs in zip(both(conv3x3), both(lambda *a: F.conv2d(*a, padding=1)), strict=True): assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize('bias, kernel', [(torch.ones(128).double(), (3, 3)), (torch.ones(128, 1), (3, 3)), (None, (1, 9)), (None, (5, 5))])
+def test_what_conv2d_refuses_or_means_otherwise_is_left_to_it(bias, kernel):
+    x, weight = inputs(100, 128, 128, 7, 7)[0], torch.ones(128, 128, *kernel)
+    assert not _pays(x, weight, bias)
+    try: expected = F.conv2d(x, weight, bias, padding=1)
+    except RuntimeError: return pytest.raises(RuntimeError, conv3x3, x, weight, bias)
+    assert torch.equal(conv3x3(x, weight, bias), expected)
+
+
 def test_forward_mode_and_one_image_are_pytorchs():
     x, weight, _ = inputs(2, 128, 128, 40, 40)
     def derivative(f): return torch.func.jvp(lambda o: f(o, weight), (x,), (x + 1,))
