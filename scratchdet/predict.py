@@ -7,6 +7,13 @@ __all__ = ['suffixes', 'parse_args', 'find_images', 'predict', 'save_picture', '
            'picture_paths', 'main']
 
 # %% ../nbs/65_predict.ipynb #afeae87d
+def _check_numbers(score, **counts):
+    "Raise where a number cannot be meant; a count of None is not given."
+    if not 0 <= score <= 1: raise ValueError(f'score {score} must be from 0 to 1')
+    for name, value in counts.items():
+        if value is not None and not value >= 1: raise ValueError(f'{name} {value} must be 1 or more')
+
+# %% ../nbs/65_predict.ipynb #943592f5
 import argparse
 from .command import Parser, counted, make_folder, one_line, start
 
@@ -30,10 +37,8 @@ def parse_args(
     p.add_argument('--quiet', action='store_true', help='print errors alone')
     args = p.parse_args(argv)
     if bool(args.images) == bool(args.coco): p.error('give images or folders, or --coco DIR')
-    if not 0 <= args.score <= 1: p.error(f'--score {args.score} must be from 0 to 1')
-    for name in ('count', 'short', 'long'):
-        if (value := getattr(args, name)) is not None and value < 1:
-            p.error(f'--{name} {value} must be 1 or more')
+    try: _check_numbers(args.score, count=args.count, short=args.short, long=args.long)
+    except ValueError as e: p.error(f'--{e}')
     return args
 
 if __name__ == '__main__' and __spec__: args = start(parse_args)
@@ -100,6 +105,7 @@ def predict(
     precision:str='fp32', # or 'bf16', faster where the processor has it
 )->list: # of dicts: boxes (D, 4) xyxy px of the image, labels, scores (D,), perhaps masks (D, H, W) bool
     "What `model` finds in each image, best first; torchvision's names."
+    _check_numbers(score, short=short, long=long)
     training, device, found = model.training, next(model.parameters()).device, []
     model.eval()
     try:
@@ -125,9 +131,10 @@ def save_picture(
     h, w = image.shape[-2:]
     scale = max(1, 640 / max(h, w))
     fig = plt.figure(figsize=(round(w * scale) / 100, round(h * scale) / 100), dpi=100)
-    draw(image, **det, names=names, ax=fig.add_axes([0, 0, 1, 1]))
-    fig.savefig(path)
-    plt.close(fig)
+    try:
+        draw(image, **det, names=names, ax=fig.add_axes([0, 0, 1, 1]))
+        fig.savefig(path)
+    finally: plt.close(fig)
     return Path(path)
 
 # %% ../nbs/65_predict.ipynb #b77fb5cf
@@ -209,6 +216,7 @@ def _predict_all(args, model, scale):
     "Draw every picture and write `predictions.json`; the pictures, how many objects are in them, and errors."
     files, ids, draw = _source(args, model)
     paths, kinds, done, records, bad = picture_paths(files, args.out), categories(model), [], [], []
+    make_folder(args.out)
     for i, path in enumerate(tqdm(paths, disable=args.quiet)):
         try: image = read_image(files[i])
         except (ValueError, OSError) as e:
@@ -234,7 +242,6 @@ def main(
         keep_memory()
         short, long = eval_scale(model.meta, args.short, args.long)
         scale = dict(short=short, long=long, score=args.score, precision=args.precision)
-        make_folder(args.out)
         if not args.quiet and (other := _passed_over(args.images)):
             print(f'passed over: {other}; images are {", ".join(suffixes)}')
         paths, found, bad = _predict_all(args, model, scale)

@@ -81,6 +81,8 @@ def draw(
     "An image with what was found in it."
     n = next((len(o) for o in (boxes, masks, labels) if o is not None), 0)
     kinds = range(n) if labels is None else [int(o) for o in labels]
+    if not (labels is None or names is None) and max(kinds, default=-1) >= len(names):
+        raise ValueError(f'label {max(kinds)} has no name, there are {len(names)}: name every category')
     colours = palette(max(kinds, default=0) + 1)
     image = to_picture(image)  # (H, W, 3)
     tinted = image.clone()

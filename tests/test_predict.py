@@ -15,7 +15,7 @@ from scratchdet.coco import coco_split, load_index
 from scratchdet.detector import mask_rcnn
 from scratchdet.evaluate import detections_to_coco, eval_scale, evaluate
 from scratchdet.loader import eval_loader
-from scratchdet.predict import find_images, main, parse_args, predict
+from scratchdet.predict import find_images, main, parse_args, predict, save_picture
 from scratchdet.toy import make_toy, toy_names
 from scratchdet.transforms import read_image
 from scratchdet.viz import palette, side_by_side
@@ -151,6 +151,23 @@ def test_what_is_no_image_is_refused(weights, images):
     assert model.training
 
 
+@pytest.mark.parametrize('given, says', [
+    (dict(short=0), 'short 0 must be 1 or more'), (dict(short=-5), 'short -5'), (dict(long=0), 'long 0'), (dict(short=float('nan')), 'short nan'),
+    (dict(score=float('nan')), 'score nan must be from 0 to 1'), (dict(score=1.1), 'score 1.1')], ids=str)
+def test_numbers_that_cannot_be_in_python(weights, given, says):
+    "As the command line refuses them."
+    with pytest.raises(ValueError, match=says): predict(load_model(weights), [good], **given)
+
+
+@pytest.mark.parametrize('names', [['a'], []])
+def test_a_category_without_a_name(names, tmp_path):
+    found = dict(boxes=torch.tensor([[2., 3, 20, 30]]), labels=torch.tensor([1]), scores=torch.tensor([.9]))
+    with pytest.raises(ValueError, match=f'label 1 has no name, there are {len(names)}: name every category'):
+        save_picture(good, found, tmp_path/'x.png', names)
+    assert not plt.get_fignums() and not list(tmp_path.iterdir())
+    assert save_picture(good, {k: v[:0] for k, v in found.items()}, tmp_path/'x.png', names).exists()
+
+
 def test_batches_and_iterators_are_images(weights):
     model = load_model(weights)
     for images in (torch.stack([good, good]), iter([good, good])): assert len(predict(model, images, short=64, long=96)) == 2
@@ -201,6 +218,7 @@ def test_faults_are_named_in_one_line(toy, weights, tmp_path, monkeypatch, words
     with pytest.raises(SystemExit, match=fault) as e:
         main(parse_args([*words, '--weights', str(weights), '--out', 'out', '--cpu', '--quiet']))
     assert '\n' not in str(e.value) and str(e.value).startswith('scratchdet.predict: ')
+    assert Path('out').exists() == (words[0].endswith('.txt') or words[0] == 'torn.jpg')  # not where there is no image to look at
 
 
 @pytest.mark.parametrize('coco', [True, False])
