@@ -186,6 +186,8 @@ def _annotation(o, height, width):
 def _scene(index, seed, size):
     "Pixels (H, W, 3) uint8 and the objects in them."
     if min(size) < 32: raise ValueError(f'size {tuple(size)} leaves no room for shapes: give 32 px or more')
+    if max(size) > 10_000: raise ValueError(f'size {tuple(size)} is too much: give 10,000 px at most')
+    if seed < 0: raise ValueError(f'seed {seed}: give 0 or more')
     rng, objects = np.random.default_rng([seed, index]), []
     image = _background(rng, *size)
     _distractors(rng, image)

@@ -145,8 +145,11 @@ def test_other_sizes(size):
     assert len(found) > 20 and all(bitmap(a, *size).any() for a in found)
 
 
-def test_an_image_without_room_is_refused():
-    with pytest.raises(ValueError, match=r'\(20, 160\).*32 px or more'): toy_image(0, size=(20, 160))
+@pytest.mark.parametrize('given, says', [
+    (dict(size=(20, 160)), r'\(20, 160\).*32 px or more'), (dict(size=(10**5, 10**5)), r'\(100000, 100000\).*10,000 px at most'),
+    (dict(size=(64, 10_001)), r'\(64, 10001\).*at most'), (dict(seed=-1), 'seed -1: give 0 or more')], ids=str)
+def test_an_image_that_cannot_be_drawn_is_refused(given, says):
+    with pytest.raises(ValueError, match=says): toy_image(0, **given)
 
 
 def test_run_lengths_round_trip():
@@ -250,7 +253,9 @@ def test_command_line(tmp_path):
     assert digests(out) == digests(make_toy(tmp_path / 'same', train=2, val=1, size=(32, 48), seed=7))
     assert run('--help').returncode == 0 and run('--train', '2').returncode == 2
     for args, says in ((('--train', '5'), 'give another folder'), (('--train', '-5', '--val', '0'), '1 image or more'),
-                       (('--out', str(tmp_path / 'b'), '--size', '0', '5'), 'give 32 px or more')):
+                       (('--out', str(tmp_path / 'b'), '--size', '0', '5'), 'give 32 px or more'),
+                       (('--out', str(tmp_path / 'b'), '--size', '100000', '100000'), 'give 10,000 px at most'),
+                       (('--out', str(tmp_path / 'b'), '--seed', '-1'), 'scratchdet.toy: seed -1: give 0 or more')):
         failed = run('--out', str(out), *args)
         assert failed.returncode == 1 and failed.stderr.startswith('scratchdet.toy: ') and says in failed.stderr
         assert len(failed.stderr.splitlines()) == 1 and not failed.stdout
