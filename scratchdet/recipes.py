@@ -106,6 +106,8 @@ def _wrong(r):
     bad = [f'{k}={getattr(r, k)}' for k in ('width', 'channels') if r.groups > 0 and getattr(r, k) % r.groups]
     if bad: yield f'groups={r.groups} must divide {" and ".join(bad)}'
     if min(r.short_sides, default=0) < 1: yield f'short_sides={r.short_sides} must be numbers, 1 or more'
+    if r.long_side < (most := max(r.short_sides, default=0)):
+        yield f'long_side={r.long_side} must be {most} or more, the largest of short_sides'
     if not _rises(r.milestones): yield f'milestones={r.milestones} must be rising numbers of epochs'
     if not _rises(r.tail[::-1]): yield f'tail={r.tail} must be falling numbers of steps'
     if r.precision not in ('fp32', 'bf16'): yield f"precision='{r.precision}' must be fp32 or bf16"
@@ -204,6 +206,9 @@ def load_recipe(
     "Read a recipe; every value is checked by name and type."
     try: values = json.loads(Path(path).read_text())
     except ValueError as e: raise ValueError(f'{path}: not a recipe, because it is not json ({e})') from None
+    except OSError as e:
+        raise OSError(f'{path}: no recipe to read ({e.strerror}); give another file, or a name: '
+                      f'{", ".join(recipes)}') from e
     if not isinstance(values, dict): raise ValueError(f'{path}: not a recipe, because it holds no names')
     types, free = {o.name: o.type for o in fields(Recipe)}, {o.name for o in fields(RunSettings)}
     if odd := sorted((types.keys() - free - values.keys()) | (values.keys() - types.keys())):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scratchdet.recipes import (Recipe, RunSettings, apply_settings, detector_arguments, load_recipe, recipe_differences,
+from scratchdet.recipes import (Recipe, RunSettings, apply_settings, detector_arguments, find_recipe, load_recipe, recipe_differences,
                                 recipe_schedule, recipes, save_recipe, times)
 from scratchdet.schedule import Schedule, check_lr, scaled_lr, split_batch, tail_schedule
 
@@ -69,7 +69,8 @@ def test_a_recipe_survives_the_disk(name, tmp_path):
                                          ('momentum=2', 'from 0 to 1'), ('milestones=9,1', 'rising'), ('tail=1,2', 'falling'),
                                          ('eval_every=-1', '0 or more'), ('score_thresh=2', 'from 0 to 1'), ('seed=' + '9' * 20, '2**63'),
                                          ('on_bad_image=forget', 'stop or skip'), ('weight_decay=inf', 'finite'),
-                                         ('epochs=0', 'epochs or iterations')])
+                                         ('epochs=0', 'epochs or iterations'), ('long_side=100', 'long_side=100 must be 128 or more'),
+                                         ('short_sides=90,200', 'long_side=160 must be 200 or more, the largest of short_sides')])
 def test_wrong_settings_are_refused(text, words):
     with pytest.raises(ValueError, match=re.escape(words)): apply_settings(recipes['demo'], [text])
 
@@ -159,6 +160,13 @@ def test_a_file_that_is_no_recipe_is_named(text, words, tmp_path):
     file.write_text(text if isinstance(text, str) else json.dumps(asdict(recipes['demo']) | text))
     with pytest.raises(ValueError, match=re.escape(words)) as e: load_recipe(file)
     assert str(file) in str(e.value)
+
+
+@pytest.mark.parametrize('name', ['none.json', 'folder.json'])
+def test_a_recipe_that_cannot_be_read_is_named(name, tmp_path):
+    (tmp_path/'folder.json').mkdir()
+    with pytest.raises(OSError, match=rf'{name}: no recipe to read \(.*\); give another file, or a name: mask_rcnn'):
+        find_recipe(str(tmp_path/name))
 
 
 def test_a_recipe_is_written_whole(tmp_path, monkeypatch):
