@@ -103,7 +103,8 @@ def export_detector(
 )->torch.export.ExportedProgram: # of images (N, 3, H, W) uint8 and sizes (N, 2) int64
     "A detector as a graph of plain operations with fixed shapes."
     for name, value, unit in (('height', height, 32), ('width', width, 32), ('images', images, 1)):
-        if value < unit or value % unit: raise ValueError(f'{name} {value} must be a multiple of {unit}')
+        if value < unit: raise ValueError(f'{name} {value} must be {unit} or more')
+        if value % unit: raise ValueError(f'{name} {value} must be a multiple of {unit}')
     blank = torch.zeros(images, 3, height, width, dtype=torch.uint8)
     inputs = blank, torch.tensor([[height, width]] * images)
     ours = torch.ops.scratchdet

@@ -95,7 +95,8 @@ def test_plain_suppression_is_ours(seed):
 
 
 @pytest.mark.parametrize('words, says', [
-    ('--size 64 100', 'width 100 must be a multiple of 32'), ('--images 0', 'images 0 must be'), ('--out x.onnx', 'ends in .pt2'),
+    ('--size 64 100', 'width 100 must be a multiple of 32'), ('--images 0', 'images 0 must be 1 or more'), ('--size 0 0', 'height 0 must be 32 or more'),
+    ('--size 64 -32', 'width -32 must be 32 or more'), ('--out x.onnx', 'ends in .pt2'),
     ('--out none/x.pt2', 'its folder does not exist')])
 def test_refusals_are_one_line(words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
