@@ -87,6 +87,7 @@ def mask_rcnn(
     **settings, # keyword arguments of `Detector`
 )->Detector: # with PyTorch's initialization
     "Mask R-CNN with ResNet, FPN and GroupNorm everywhere but in the RPN head."
+    _check_counts(num_classes=num_classes, width=width, channels=channels, fc=fc, groups=groups)
     return Detector(
         backbone=ResNet(blocks, width, groups=groups),
         fpn=FPN(tuple(4*width*2**i for i in range(4)), channels, groups=groups),
@@ -113,6 +114,7 @@ def faster_rcnn(
     **settings, # keyword arguments of `Detector`
 )->Detector: # with PyTorch's initialization
     "Faster R-CNN with ResNet, FPN and GroupNorm everywhere but in the RPN head."
+    _check_counts(num_classes=num_classes, width=width, channels=channels, fc=fc, groups=groups)
     return Detector(
         backbone=ResNet(blocks, width, groups=groups),
         fpn=FPN(tuple(4*width*2**i for i in range(4)), channels, groups=groups),
