@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError
-from .command import counted
+from .command import counted, make_folder
 from .detector import Detector
 from .weights import describe, load_model, save_model
 
@@ -35,6 +35,7 @@ def weights_file(
     if str(source).startswith('hf://'):
         name, _, revision = str(source)[5:].partition('@')
         return _download(name, revision=revision or None)
+    if not str(source): raise ValueError("'' names no weights: give a file, a folder, or hf://USER/NAME")
     return Path(source)/'model.safetensors' if Path(source).is_dir() else Path(source)
 
 # %% ../nbs/53_hub.ipynb #c019381a
@@ -124,6 +125,7 @@ class HubModel(ModelHubMixin, library_name='scratchdet'):
 
     @classmethod
     def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **_):
+        if Path(model_id).exists(): return load_model(weights_file(model_id))
         return load_model(_download(model_id, revision=revision, cache_dir=cache_dir, token=token,
                                     force_download=force_download, local_files_only=local_files_only))
 
@@ -146,7 +148,7 @@ def save_pretrained(self:Detector,
         raise FileExistsError(f'{folder}/README.md is there already, and may describe another model: give '
                               'another folder, or remove it')
     hub, config = _hub_model(self, 'USER/NAME', run, license)
-    hub.save_pretrained(folder, config=config)
+    hub.save_pretrained(make_folder(folder), config=config)
     return folder
 
 # %% ../nbs/53_hub.ipynb #688d6ae7

@@ -191,8 +191,8 @@ def read_meta(
     if not Path(path).is_file():
         there = ', '.join(sorted(o.name for o in Path(path).parent.glob('*.safetensors')))
         beside = f'; beside it: {there}' if there else ''
-        raise FileNotFoundError(f'{path} does not exist, or is a folder: give the model.safetensors '
-                                f'of a run{beside}')
+        what = 'is a folder' if Path(path).is_dir() else 'does not exist'
+        raise FileNotFoundError(f'{path} {what}: give the model.safetensors of a run{beside}')
     try:
         with safe_open(path, 'pt') as f: about = f.metadata() or {}
     except SafetensorError as e:

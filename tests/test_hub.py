@@ -1,6 +1,7 @@
 "Models of others: commands that read a model from a folder or over HTTP from a Hub, which here is a small server."
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,6 +98,28 @@ def test_a_path_is_never_asked_for_on_the_network(monkeypatch, tmp_path):
     for source in ('runs/mine', str(tmp_path/'none.safetensors'), str(tmp_path)):
         with pytest.raises(SystemExit, match='does not exist'): main(parse_args([*words, source]))
     with pytest.raises(AssertionError, match='asked for'): main(parse_args([*words, 'hf://runs/mine']))
+
+
+def test_the_mixin_reads_folders(folder, tmp_path, monkeypatch):
+    "Also a run's, which has no config.json, by a path that no model on the Hub can have."
+    run = shutil.copytree(folder, tmp_path/'run 1')
+    (run/'config.json').unlink()
+    monkeypatch.chdir(tmp_path)
+    assert hub.HubModel.from_pretrained('run 1').meta == Detector.from_pretrained('run 1').meta == Detector.from_pretrained(folder).meta
+
+
+def test_no_name_is_no_weights(folder, monkeypatch, tmp_path):
+    "Not even where the current folder holds some."
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="'' names no weights: give a file, a folder, or hf://USER/NAME"): Detector.from_pretrained('')
+    with pytest.raises(SystemExit, match="scratchdet.predict: '' names no weights"): main(parse_args([str(tmp_path), '--out', str(tmp_path/'out'), '--weights', '']))
+
+
+@pytest.mark.parametrize('at, says', [('notes.txt', 'notes.txt is a file: give a folder'), ('/proc/x', '/proc/x is no folder to write into')])
+def test_a_folder_that_cannot_be_made_is_named(folder, tmp_path, at, says):
+    (tmp_path/'notes.txt').write_text('kept')
+    with pytest.raises(OSError, match=says): Detector.from_pretrained(folder).save_pretrained(tmp_path/at)
+    assert (tmp_path/'notes.txt').read_text() == 'kept'
 
 
 def test_a_revision_is_passed_on(monkeypatch, folder):

@@ -248,7 +248,7 @@ def test_missing_weights_end_with_code_1(module, words, tmp_path):
 def test_a_slip_in_the_name_of_the_weights(weights, tmp_path):
     "What is there instead is told, if anything."
     words = ['a.png', '--out', str(tmp_path/'out'), '--cpu', '--weights']
-    with pytest.raises(SystemExit, match=r'/model.safetensor does not exist, .*; beside it: model.safetensors$'):
+    with pytest.raises(SystemExit, match=r'/model.safetensor does not exist: give the .*; beside it: model.safetensors$'):
         main(parse_args([*words, str(weights.with_suffix('.safetensor'))]))
     with pytest.raises(SystemExit, match='give the model.safetensors of a run$'): main(parse_args([*words, str(tmp_path/'x')]))
 

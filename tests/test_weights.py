@@ -97,9 +97,9 @@ def test_files_that_are_not_ours(tmp_path):
     with pytest.raises(ValueError, match='plain.safetensors was not written by scratchdet.*convert --from'): load_model(plain)
     half.write_bytes(plain.read_bytes()[:20])
     with pytest.raises(ValueError, match='half.safetensors is not a complete'): load_model(half)
-    with pytest.raises(FileNotFoundError, match='none.safetensors does not exist.*give the model.safetensors of a run'):
+    with pytest.raises(FileNotFoundError, match='none.safetensors does not exist: give the model.safetensors of a run'):
         load_model(tmp_path/'none.safetensors')
-    with pytest.raises(FileNotFoundError, match='is a folder: give the model.safetensors of a run'): load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f'^{tmp_path} is a folder: give the model.safetensors of a run'): load_model(tmp_path)
     with pytest.raises(ValueError, match="model 'yolo' is not one of mask_rcnn, faster_rcnn"): build_model(dict(model='yolo'))
 
 
@@ -205,6 +205,13 @@ def test_values_that_are_no_numbers(tmp_path, change):
 
 def read_metadata(path):
     with safe_open(path, 'pt') as f: return f.metadata()
+
+
+@pytest.mark.parametrize('build', [mask_rcnn, faster_rcnn])
+@pytest.mark.parametrize('name', ['num_classes', 'width', 'channels', 'fc', 'groups'])
+def test_counts_come_first(name, build):
+    for n in (-1, 0, 2**31):
+        with pytest.raises(ValueError, match=f'^{name}={n} must be from 1 to 10,000$'): build(**{**ARGS, name: n})
 
 
 def test_sizes_that_no_machine_holds(tmp_path):
