@@ -29,7 +29,7 @@ def parse_args(
 if __name__ == '__main__' and __spec__: args = start(parse_args)
 
 # %% ../nbs/67_report.ipynb #93189361
-import base64, html, io, json, re
+import base64, html, io, json, re, sys
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +42,7 @@ from tqdm import tqdm
 from .coco import CocoIndex, coco_split, load_index
 from .transforms import read_image
 from .loader import eval_loader
-from .weights import load_model, sync
+from .weights import load_model, write_file
 from .errors import caption, error_picture, judge, nearest
 from .recipes import Recipe, load_recipe, recipe_differences
 from .evaluate import check_categories, detect, eval_scale, ground_truth, run_hotcoco
@@ -443,24 +443,19 @@ def overview(
     return fig
 
 # %% ../nbs/67_report.ipynb #416e12d5
-def _write(file, data):
-    new = file.with_name(file.name + '.new')
-    new.write_bytes(data)
-    sync(new)
-    new.replace(file)
-
 def write_report(
     paths:list, # run folders
     out:str, # html file; the png comes beside it
     coco:str=None, # folder in COCO's layout: run the models on its validation images
     device:str='cpu', # where the models work
-    progress:bool=False, # show a bar for each model
+    progress:bool=False, # tell what runs lack, and show a bar for each model
 )->Path: # the html file
     "Write the page and the picture."
     out, runs = Path(out), read_runs(paths)
     if out.suffix != '.html': raise ValueError(f'--out {out}: give the name of a file that ends in .html')
     if out.is_dir(): raise IsADirectoryError(f'--out {out} is a folder: give the name of a file')
     make_folder(out.parent)
+    if progress: sys.stderr.writelines(f'{o.name}: {"; ".join(o.notes)}\n' for o in runs if o.notes)
     index = load_index(*coco_split(coco, 'val')) if coco else None
     truth = ground_truth(index) if coco else None
     chosen = {i: o for i, o in enumerate(runs) if coco and (o.path/'model.safetensors').exists()}
@@ -470,8 +465,8 @@ def write_report(
         fig = overview(runs, seen)
         fig.savefig(picture, dpi=100)
         plt.close(fig)
-    _write(out, text.encode())
-    _write(out.with_suffix('.png'), picture.getvalue())
+    write_file(out, text.encode())
+    write_file(out.with_suffix('.png'), picture.getvalue())
     return out
 
 # %% ../nbs/67_report.ipynb #d07e9379

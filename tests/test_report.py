@@ -17,7 +17,7 @@ from runs import tiny, toy  # noqa: F401
 from scratchdet.coco import coco_split, load_index
 from scratchdet.errors import judge, match_boxes
 from scratchdet.evaluate import ground_truth, run_hotcoco, run_pycocotools
-from scratchdet.report import draw_lines, examine, overview, page, read_run, read_runs, run_curves, write_report
+from scratchdet.report import draw_lines, examine, main, overview, page, parse_args, read_run, read_runs, run_curves, write_report
 from scratchdet.train import train
 
 
@@ -130,6 +130,17 @@ def test_a_damaged_line_is_left_out(run, tail):
     with (run/'log.jsonl').open('ab') as f: f.write(tail.encode('latin1') + b'\n')
     after = read_run(run)
     assert after.log == before and len(before) == 8 and after.notes == ['1 of 9 lines of the log are damaged and left out']
+
+
+@pytest.mark.parametrize('log, told', [
+    (b'', 'run: nothing in the log yet\n'), (b'torn\n{"step": 1, "epoch": 0.1}\n', 'run: 1 of 2 lines of the log are damaged and left out\n'), (None, '')])
+def test_what_a_run_lacks_is_on_the_screen(run, tmp_path, capsys, log, told):
+    if log is not None: (run/'log.jsonl').write_bytes(log)
+    words = [str(run), '--out', str(tmp_path/'a.html'), '--cpu']
+    main(parse_args(words))
+    assert capsys.readouterr() == (f'{tmp_path}/a.html and a.png\n', told)
+    main(parse_args([*words, '--quiet']))
+    assert capsys.readouterr() == ('', '')
 
 
 @pytest.mark.parametrize('text', ['', '{"step": 8', '[]', '{"step": 8, "epoch": 2}', '{"step": 8, "epoch": 2, "bbox": 1}'])
