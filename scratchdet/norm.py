@@ -132,15 +132,12 @@ def _alone():
     "If neither autograd nor a compiler is listening."
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed())
 
-def _shared(a, b):
-    "If both lie in the same memory."
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
 def _faster_in_place(x, residual):
     "If `x` is a dense map on a CPU, which nobody else needs."
-    if not _alone() or x.device.type != 'cpu' or residual is not None and _shared(x, residual): return False
+    if not _alone() or x.device.type != 'cpu': return False
     dense = any(x.is_contiguous(memory_format=o) for o in (torch.contiguous_format, torch.channels_last))
-    return dense and x.dtype in (torch.float32, torch.float64)
+    shared = residual is not None and residual.untyped_storage()._cdata == x.untyped_storage()._cdata
+    return dense and not shared and x.dtype in (torch.float32, torch.float64)
 
 # %% ../nbs/20_norm.ipynb #6872e852
 def _composed(x, weight, bias, groups, eps, residual, relu):
@@ -223,5 +220,6 @@ class ConvNorm(nn.Module):
     )->Tensor: # (N, c_out, ceil(H/stride), ceil(W/stride))
         "Convolve, normalize, add, rectify"
         y = self.conv(x)
-        if _alone() and (_watched(self.conv) or _shared(x, y)): y = y.clone()  # others' stays what it is
+        ours = type(self.conv) in (nn.Conv2d, Conv3x3) and not _watched(self.conv)
+        if not ours and _alone(): y = y.clone()  # what others may keep stays what it is
         return self.norm(y, residual, self.relu)

@@ -200,6 +200,10 @@ def test_what_comes_through_another_convolution_is_not_overwritten():
     for brick.conv in torch.nn.Identity(), torch.nn.Unflatten(1, (8,)):
         before = x.clone()
         with torch.no_grad(): assert not torch.equal(brick(x), before) and torch.equal(x, before)
+    inner, kept = torch.nn.Conv2d(8, 8, 3, padding=1), []
+    brick.conv = torch.nn.Sequential(inner)
+    with inner.register_forward_hook(lambda module, given, got: kept.append(got)), torch.no_grad(): brick(x)
+    assert torch.equal(kept[0], inner(x))
 
 
 @pytest.mark.parametrize('name, shape', [('weight', (4,)), ('weight', (1,)), ('bias', (1, 8)), ('residual', (1, 8, 6, 6)), ('residual', (8,))])
