@@ -61,6 +61,7 @@ def usable_precision(
     gain:float=None, # of bf16 on the CPU; default `bf16_gain()`
 )->str: # 'bf16' or 'fp32'
     "What is wanted, but fp32 on a CPU that would be slower in bf16."
+    if wanted not in ('bf16', 'fp32'): raise ValueError(f"precision must be 'bf16' or 'fp32', not {wanted!r}")
     if wanted == 'fp32' or device != 'cpu': return wanted
     return 'bf16' if (bf16_gain() if gain is None else gain) > 1 else 'fp32'
 
