@@ -71,10 +71,12 @@ def test_a_whole_map_takes_its_real_values_and_three_products_for_each_pair(h, w
     "Of n circular values of an axis, 1 is real if n is odd, 2 if it is even."
     n, real = (h + 1) * (w + 1), (1 + h % 2) * (1 + w % 2)
     assert [tuple(o.shape) for o in winograd._matrices(h, w, True)] == [(h * w, p := real + 3 * (n - real) // 2), (p, 9), (p, h * w)]
+    assert winograd._gain(h, w, 1, 1)[1] == 120 * p
 
 
 def test_the_default_device_does_not_matter():
-    x, weight, _ = inputs(64, 128, 128, 7, 7)
+    x, weight, _ = inputs(100, 128, 128, 7, 7)
+    assert _pays(x, weight)
     winograd._matrices.cache_clear()
     with torch.device('meta'): conv3x3(x, weight)
     torch.testing.assert_close(conv3x3(x, weight), F.conv2d(x, weight, padding=1), rtol=0, atol=1e-3)
@@ -82,7 +84,8 @@ def test_the_default_device_does_not_matter():
 
 def test_what_is_no_gradient_is_not_computed():
     for wanted, spared in ((1, '_conv3x3'), (0, '_conv3x3_weight')):
-        leaves = inputs(64, 128, 128, 7, 7)[:2]
+        leaves = inputs(100, 128, 128, 7, 7)[:2]
+        assert _pays(*leaves)
         y = conv3x3(leaves[0].requires_grad_(wanted == 0), leaves[1].requires_grad_(wanted == 1))
         with patch.object(winograd, spared, side_effect=AssertionError): y.sum().backward()
         assert leaves[1 - wanted].grad is None and leaves[wanted].grad.abs().sum() > 0
@@ -90,7 +93,8 @@ def test_what_is_no_gradient_is_not_computed():
 
 @pytest.mark.parametrize('bad', [torch.nan, torch.inf])
 def test_bad_values_stay_in_their_image(bad):
-    x, weight, _ = inputs(64, 128, 128, 7, 7)
+    x, weight, _ = inputs(100, 128, 128, 7, 7)
+    assert _pays(x, weight)
     x[3, 0, 2, 2] = bad
     finite = conv3x3(x, weight).isfinite().flatten(1).all(1)
     assert not finite[3] and finite[:3].all() and finite[4:].all()
