@@ -62,8 +62,7 @@ def _fourier(height, width):
 @cache
 def _matrices(height, width, whole):
     "A, G and B of a tile of this size."
-    with torch.device('cpu'):  # whatever the default is
-        return _fourier(height, width) if whole else tuple(torch.kron(o, o) for o in toom_cook(height))
+    return _fourier(height, width) if whole else tuple(torch.kron(o, o) for o in toom_cook(height))
 
 class _Tiles:
     "Maps of height x width: whole if no side is longer than 8, else in tiles of 4 x 4."
